@@ -1,0 +1,3 @@
+"""A trainer for Stable Diffusion XL."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,1 @@
+"""What makes a model fit: precision of the computation, activation checkpointing."""

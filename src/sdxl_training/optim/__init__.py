@@ -1,0 +1,1 @@
+"""What turns gradients into weights: optimizers, schedules, loss scaling, clipping, weight averages."""

@@ -1,0 +1,1 @@
+"""More than one process: the group, the wrapped model, sums over all ranks."""

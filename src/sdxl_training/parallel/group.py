@@ -1,0 +1,83 @@
+"""The process group that torchrun starts, and what a single process uses in its place."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+
+SLOWEST_RANK = timedelta(hours=12)
+"""How long ranks wait for each other: one may be encoding pictures, or drawing previews, while the others are done."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """This process among its peers."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files and speaks to the user."""
+        return self.rank == 0
+
+    def sum(self, value: Tensor) -> Tensor:
+        """Return the sum of `value` over all ranks."""
+        if self.world_size > 1:
+            value = value.clone()
+            distributed.all_reduce(value)
+        return value
+
+    def any(self, flag: bool) -> bool:
+        """Return whether any rank's flag is set. Asked over gloo, on the CPU: the device is not waited for."""
+        return bool(self.sum(torch.tensor(float(flag))) > 0)
+
+    def wait(self) -> None:
+        """Wait for all ranks."""
+        if self.world_size > 1:
+            distributed.barrier()
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """Return the model with gradients averaged over the ranks; itself in a single process."""
+        if self.world_size == 1:
+            return model
+        ids = [self.device.index] if self.device.type == "cuda" else None
+        return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True, broadcast_buffers=False)
+
+
+@contextmanager
+def process_group(device: str) -> Iterator[Group]:
+    """Join the group torchrun describes in the environment, or be the only process.
+
+    device: auto, cpu, cuda or cuda:N. `auto` takes the GPU where there is one.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    chosen = torch.device("cuda", local_rank) if device == "cuda" else torch.device(device)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    if world_size == 1:
+        yield Group(0, 1, chosen)
+        return
+    backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
+    distributed.init_process_group(backend, timeout=SLOWEST_RANK)
+    try:
+        yield Group(distributed.get_rank(), world_size, chosen)
+    finally:
+        distributed.destroy_process_group()
+
+
+def set_grad_sync(model: nn.Module, last: bool) -> None:
+    """Let gradients be averaged over the ranks in the next backward only if it is the step's last."""
+    if isinstance(model, DistributedDataParallel):
+        model.require_backward_grad_sync = last

@@ -1,0 +1,132 @@
+"""Frozen records that cross the layers.
+
+Shape legend: B samples, C latent channels, H x W latent rows and columns, L tokens, D text width, P pooled text width.
+`size_hw` is always (height, width); pixels unless a name says otherwise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # torch is slow to import and the configuration is checked before it
+    from torch import Tensor
+
+SizeHW = tuple[int, int]
+
+
+class UserError(Exception):
+    """A mistake a user can mend: printed as a sentence without a traceback, exit status 2.
+
+    The message names the place, the value, the rule and the remedy.
+    """
+
+
+@dataclass(frozen=True, slots=True)
+class ImageRecord:
+    """One readable picture of a source folder, before it is decoded.
+
+    `sample_id` is stable across machines and moves of the folder: it hashes the source's number and the relative path.
+    `content_hash` is the BLAKE2b digest of the file's bytes (hex).
+    """
+
+    sample_id: int
+    path: str
+    size_hw: SizeHW
+    content_hash: str
+    caption: str
+    tags: tuple[str, ...]
+    repeats: int = 1
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Bucket:
+    """A picture size that a whole global batch shares."""
+
+    size_hw: SizeHW
+
+    @property
+    def aspect(self) -> float:
+        """Height divided by width."""
+        return self.size_hw[0] / self.size_hw[1]
+
+    def __str__(self) -> str:
+        return f"{self.size_hw[0]}x{self.size_hw[1]}"
+
+
+@dataclass(frozen=True, slots=True)
+class CropPlan:
+    """How a picture becomes its bucket: resize to `resized_hw` (always covering), then cut the bucket out at `crop_tl`.
+
+    `crop_tl` is (top, left) in pixels of the resized picture: the crop coordinates SDXL is conditioned on.
+    """
+
+    original_hw: SizeHW
+    resized_hw: SizeHW
+    crop_tl: tuple[int, int]
+    bucket: Bucket
+
+    @property
+    def cropped_fraction(self) -> float:
+        """Share of the resized picture's area that the crop cuts away."""
+        kept = self.bucket.size_hw[0] * self.bucket.size_hw[1]
+        return 1.0 - kept / (self.resized_hw[0] * self.resized_hw[1])
+
+    @property
+    def scale(self) -> float:
+        """Resized length over original length; above 1 is an upscale."""
+        return max(self.resized_hw[0] / self.original_hw[0], self.resized_hw[1] / self.original_hw[1])
+
+    @property
+    def time_ids(self) -> tuple[int, int, int, int, int, int]:
+        """SDXL's size conditioning: original (h, w), crop (top, left), target (h, w)."""
+        return (*self.original_hw, *self.crop_tl, *self.bucket.size_hw)
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """One appearance of a record in training.
+
+    `visit` counts how often the record has been drawn before it, over epochs and repeats. All randomness of the
+    sample is a function of (seed, stream, visit, sample id), so it does not depend on step, batch size or world size.
+    """
+
+    record: int
+    visit: int
+
+
+@dataclass(frozen=True, slots=True)
+class Conditioning:
+    """What the U-Net is told beside the latents: text states, pooled text, SDXL size conditioning."""
+
+    text_BLD: Tensor
+    pooled_BP: Tensor
+    time_ids_B6: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One micro-batch on the device; the only thing the training step sees of the data.
+
+    latents_BCHW: scaled latents, fp32. weight_B: loss weight per sample, mean 1 over the data set, fp32.
+    sample_ids and visits: one integer a sample; together with the seed they fix the sample's randomness.
+    """
+
+    latents_BCHW: Tensor
+    conditioning: Conditioning
+    weight_B: Tensor
+    sample_ids: tuple[int, ...]
+    visits: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StepStats:
+    """What one optimizer update leaves behind; tensors stay on the device until somebody logs them.
+
+    loss: weighted mean over the global batch. grad_norm: global norm before clipping. skipped: 1 where a non-finite
+    loss or gradient made the update void.
+    """
+
+    loss: Tensor
+    grad_norm: Tensor
+    skipped: Tensor

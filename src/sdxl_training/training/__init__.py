@@ -1,0 +1,1 @@
+"""The training loop: one step, the trainer around it, checkpoints, previews."""

@@ -1,0 +1,111 @@
+"""Pictures drawn from prompts: during a run, by `sample`, and to judge a run.
+
+Shape legend: B pictures, C latent channels, H x W rows and columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import numpy
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor, nn
+
+from sdxl_training.model.sdxl import predict
+from sdxl_training.objectives.objective import Objective
+from sdxl_training.objectives.sampling import draw, guide
+from sdxl_training.records import Conditioning, SizeHW
+from sdxl_training.rng import Stream, torch_generator
+
+Picture = NDArray[numpy.uint8]
+"""One picture, height x width x RGB."""
+
+LATENT_CHANNELS = 4
+VAE_FACTOR = 8
+
+
+@dataclass
+class Painter:
+    """Draws prompts with the model that is being trained, by the objective it is trained with.
+
+    encode_prompts: captions -> (text_BLD, pooled_BP). decode: latents_BCHW -> pixels_BCHW in [-1, 1].
+    """
+
+    model: nn.Module
+    objective: Objective
+    encode_prompts: Callable[[Sequence[str]], tuple[Tensor, Tensor]]
+    decode: Callable[[Tensor], Tensor]
+    precision: AbstractContextManager[object]
+    device: torch.device
+
+    def paint(self, prompts: Sequence[str], size_hw: SizeHW, steps: int, guidance: float, seed: int) -> list[Picture]:
+        """Draw one picture a prompt. Picture i's noise comes from (seed, i) alone, whatever else is drawn with it."""
+        pictures: list[Picture] = []
+        for first in range(0, len(prompts), 16):
+            chunk = prompts[first : first + 16]
+            noise_BCHW = torch.stack([prompt_noise(size_hw, seed, first + i) for i in range(len(chunk))])
+            pictures += self.paint_from(noise_BCHW.to(self.device), chunk, size_hw, steps, guidance)
+        return pictures
+
+    @torch.no_grad()
+    def paint_from(
+        self, noise_BCHW: Tensor, prompts: Sequence[str], size_hw: SizeHW, steps: int, guidance: float
+    ) -> list[Picture]:
+        """Draw prompts from given noise. The unconditional side is SDXL's own: zero text and zero pooled text."""
+        text_BLD, pooled_BP = self.encode_prompts(prompts)
+        sizes_B6 = torch.tensor([*size_hw, 0, 0, *size_hw], dtype=torch.float32, device=self.device).expand(len(prompts), 6)
+        conditional = Conditioning(text_BLD, pooled_BP, sizes_B6)
+        both = Conditioning(
+            torch.cat([torch.zeros_like(text_BLD), text_BLD]),
+            torch.cat([torch.zeros_like(pooled_BP), pooled_BP]),
+            torch.cat([sizes_B6, sizes_B6]),
+        )
+
+        def predict_guided(x_BCHW: Tensor, label_B: Tensor) -> Tensor:
+            with self.precision:
+                if guidance == 1.0:
+                    return predict(self.model, x_BCHW, label_B, conditional)
+                output = predict(self.model, torch.cat([x_BCHW, x_BCHW]), torch.cat([label_B, label_B]), both)
+            unconditional, with_prompt = output.float().chunk(2)
+            return guide(unconditional, with_prompt, guidance)
+
+        latents_BCHW = draw(predict_guided, self.objective, noise_BCHW, steps)
+        pixels_BCHW = self.decode(latents_BCHW).float().cpu()
+        if not pixels_BCHW.isfinite().all():
+            raise FloatingPointError("a drawn picture holds values that are not finite")
+        return [to_picture(pixels_CHW) for pixels_CHW in pixels_BCHW]
+
+
+def prompt_noise(size_hw: SizeHW, seed: int, index: int) -> Tensor:
+    """Return picture `index`'s starting noise C x H x W for pictures of `size_hw` pixels."""
+    shape = (LATENT_CHANNELS, size_hw[0] // VAE_FACTOR, size_hw[1] // VAE_FACTOR)
+    return torch.randn(shape, generator=torch_generator(seed, Stream.PREVIEW, index))
+
+
+def to_picture(pixels_CHW: Tensor) -> Picture:
+    """Turn pixels in [-1, 1] into 8 bits."""
+    bytes_HWC = ((pixels_CHW / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0)
+    return numpy.ascontiguousarray(bytes_HWC.numpy())
+
+
+def make_grid(pictures: Sequence[Picture], prompts: Sequence[str], columns: int = 4) -> Image.Image:
+    """Lay pictures of one size out in rows with their prompts below; small ones are enlarged to be seen."""
+    enlarge = max(1, round(160 / max(pictures[0].shape[:2])))
+    height, width = (side * enlarge for side in pictures[0].shape[:2])
+    columns = min(columns, len(pictures))
+    rows = -(-len(pictures) // columns)
+    gap, strip = 8, 20
+    sheet = Image.new("RGB", (columns * (width + gap) + gap, rows * (height + strip + gap) + gap), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
+    for i, (picture, prompt) in enumerate(zip(pictures, prompts, strict=True)):
+        left = gap + (i % columns) * (width + gap)
+        top = gap + (i // columns) * (height + strip + gap)
+        sheet.paste(Image.fromarray(picture).resize((width, height), Image.Resampling.NEAREST), (left, top))
+        while prompt and pen.textlength(prompt, font=font) > width:
+            prompt = prompt[:-2].rstrip(" …") + "…" if len(prompt) > 2 else ""
+        pen.text((left, top + height + 3), prompt, fill=(60, 60, 60), font=font)
+    return sheet

@@ -1,0 +1,67 @@
+"""One optimizer update.
+
+Shape legend: B samples, C latent channels, H x W latent rows and columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from sdxl_training.model.sdxl import predict
+from sdxl_training.objectives.objective import Objective, noise_like
+from sdxl_training.optim.update import Update
+from sdxl_training.parallel.group import Group, set_grad_sync
+from sdxl_training.records import Batch, StepStats
+
+
+@dataclass
+class Run:
+    """What an update needs. `model` is the U-Net, wrapped for its ranks; `precision` the context of a forward pass.
+
+    `samples_per_step` counts the whole global batch: micro-batch size x accumulation x ranks.
+    """
+
+    model: nn.Module
+    objective: Objective
+    update: Update
+    precision: AbstractContextManager[object]
+    group: Group
+    seed: int
+    samples_per_step: int
+
+
+def loss_per_sample(model: nn.Module, objective: Objective, batch: Batch, seed: int) -> Tensor:
+    """Return each sample's loss; noise and noise level come from (seed, visit, sample id) alone."""
+    levels = objective.draw_levels(seed, batch.visits, batch.sample_ids).to(batch.latents_BCHW.device)
+    eps_BCHW = noise_like(batch.latents_BCHW, seed, batch.visits, batch.sample_ids)
+    x_BCHW = objective.add_noise(batch.latents_BCHW, eps_BCHW, levels)
+    output_BCHW = predict(model, x_BCHW, levels.label_B, batch.conditioning)
+    return objective.loss_per_sample(output_BCHW, batch.latents_BCHW, eps_BCHW, levels)
+
+
+def add_gradients(run: Run, micro_batches: Sequence[Batch]) -> Tensor:
+    """Run forward and backward over this rank's micro-batches; return its share of the global mean loss.
+
+    Losses are divided by the global sample count, so 4 x 1, 1 x 4 and two ranks of 2 give one and the same gradient.
+    """
+    total = torch.zeros((), device=run.group.device)
+    for i, batch in enumerate(micro_batches):
+        set_grad_sync(run.model, i + 1 == len(micro_batches))
+        with run.precision:
+            losses_B = loss_per_sample(run.model, run.objective, batch, run.seed)
+        loss = (losses_B * batch.weight_B).sum() / run.samples_per_step
+        run.update.loss_scale.scale(loss * run.group.world_size).backward()  # ranks are averaged, samples are summed
+        total += loss.detach()
+    return total
+
+
+def train_step(run: Run, step: int, micro_batches: Sequence[Batch]) -> StepStats:
+    """Make update number `step`, counted from 0, from this rank's micro-batches of the global batch."""
+    loss = add_gradients(run, micro_batches)
+    grad_norm, skipped = run.update(step)
+    return StepStats(loss, grad_norm, skipped)
