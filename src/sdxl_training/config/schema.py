@@ -1,0 +1,381 @@
+"""The five sections of a configuration file: every knob once, with its default, its range and one sentence.
+
+`src/config.yaml` and `config.schema.json` are written from this file by `python -m sdxl_training.config`.
+A family is a union over `type`: only the chosen type's fields are legal. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, Strict
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+Terminal = Literal["official", "official_patched", "plus_one", "floor"]
+FOLDER_NAME = r"^[^\s./\\][^/\\\x00-\x1f]*$"
+DEVICE = r"^(auto|cpu|cuda(:[0-9]+)?)$"
+EXTENSION = r"^\.[A-Za-z0-9_]+$"
+
+
+class Section(BaseModel):
+    """Settings are strict (no text for numbers), frozen and complete: an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+# --- global_config ---------------------------------------------------------------------------------------------------
+
+
+class Checkpoints(Section):
+    """Saving and what is kept."""
+
+    every_steps: int = Field(
+        default=500, ge=1, description="Steps between two checkpoints; one more is saved at the end."
+    )
+    keep_last: int = Field(default=3, ge=1, description="Number of checkpoints kept; older ones are deleted.")
+
+
+PREVIEW_PROMPTS = (
+    "a photo of a red fox in the snow, sharp focus",
+    "an oil painting of a harbour at dawn",
+    "portrait of an old sailor, soft window light",
+)
+
+
+class Previews(Section):
+    """Pictures drawn during training, always from the same noise."""
+
+    every_steps: int = Field(default=500, ge=0, description="Steps between two preview grids; 0 turns previews off.")
+    prompts: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Strict(False)] = Field(
+        default=PREVIEW_PROMPTS, description="One picture of the grid for each prompt."
+    )
+    steps: int = Field(default=28, ge=1, description="Sampler steps of one picture.")
+    guidance: float = Field(default=5.0, ge=1, description="Classifier-free guidance scale; 1 means no guidance.")
+    seed: int = Field(default=0, ge=0, description="Seed of the noise the pictures start from.")
+
+
+class Tracking(Section):
+    """Numbers written during training."""
+
+    log_every_steps: int = Field(
+        default=10, ge=1, description="Steps between two lines of metrics.jsonl and the console."
+    )
+    tensorboard: bool = Field(default=True, description="Whether the metrics are written for TensorBoard, too.")
+
+
+class GlobalConfig(Section):
+    """Where a run lives and what it leaves behind."""
+
+    seed: int = Field(default=0, ge=0, description="Seed of all randomness: noise, levels, captions, order.")
+    output_dir: str = Field(default="runs", min_length=1, description="Folder that holds the folders of all runs.")
+    run_name: str = Field(
+        default="my_run",
+        pattern=FOLDER_NAME,
+        json_schema_extra={"in_words": "a plain folder name: no / or \\, no leading dot or space"},
+        description="Name of this run's folder in output_dir.",
+    )
+    device: str = Field(
+        default="auto",
+        pattern=DEVICE,
+        json_schema_extra={"in_words": "auto, cpu, cuda or cuda:N with a number N"},
+        description="Where to train: auto, cpu, cuda or cuda:N.",
+    )
+    checkpoints: Checkpoints = Field(default=Checkpoints(), description="When the complete state is saved.")
+    previews: Previews = Field(
+        default=Previews(), description="Pictures drawn while training, always from the same noise."
+    )
+    tracking: Tracking = Field(default=Tracking(), description="Metrics and where they are written.")
+
+
+# --- model -----------------------------------------------------------------------------------------------------------
+
+
+class NoAdapter(Section):
+    """The weights themselves are trained."""
+
+    type: Literal["none"] = Field(default="none", description="Full fine-tuning.")
+
+
+class Model(Section):
+    """What is trained."""
+
+    source: str = Field(
+        default="stabilityai/stable-diffusion-xl-base-1.0",
+        min_length=1,
+        description="miniature, a diffusers folder, or a hub id.",
+    )
+    train: Annotated[tuple[Literal["unet"], ...], Strict(False)] = Field(
+        default=("unet",), min_length=1, max_length=1, description="Parts whose weights change."
+    )
+    adapter: NoAdapter = Field(
+        default=NoAdapter(), description="Small extra weights trained in place of the model's own."
+    )
+
+
+# --- training --------------------------------------------------------------------------------------------------------
+
+
+class Epsilon(Section):
+    """Predict the noise (Ho et al. 2020): what SDXL itself was trained with."""
+
+    type: Literal["epsilon"] = Field(default="epsilon", description="Predict the noise.")
+
+
+class VPrediction(Section):
+    """Predict v = a eps - b x0 (Salimans & Ho 2022)."""
+
+    type: Literal["v_prediction"] = Field(default="v_prediction", description="Predict v = a eps - b x0.")
+    zero_terminal_snr: bool = Field(
+        default=True, description="Whether the last level is pure noise (Lin et al. 2023, algorithm 1)."
+    )
+
+
+class FlowMatching(Section):
+    """Predict noise minus data on straight paths (Lipman et al. 2023; Liu et al. 2023)."""
+
+    type: Literal["flow_matching"] = Field(
+        default="flow_matching", description="Predict noise minus data on straight paths."
+    )
+
+
+class UniformDensity(Section):
+    """Every noise level equally often."""
+
+    type: Literal["uniform"] = Field(default="uniform", description="Every level equally often.")
+
+
+class LogitNormalDensity(Section):
+    """Flow time t = sigmoid(normal) (Esser et al. 2024, equation 19)."""
+
+    type: Literal["logit_normal"] = Field(default="logit_normal", description="Flow time = sigmoid of a normal number.")
+    mean: float = Field(default=0.0, description="Mean of the normal number; above 0 means more noise.")
+    std: float = Field(default=1.0, gt=0, description="Standard deviation of the normal number.")
+
+
+class NoLossWeight(Section):
+    """The objective's own weight."""
+
+    type: Literal["none"] = Field(default="none", description="The objective's own weight.")
+
+
+class MinSnrLossWeight(Section):
+    """min(SNR, gamma) in x0 space (Hang et al. 2023)."""
+
+    type: Literal["min_snr"] = Field(default="min_snr", description="Weight min(SNR, gamma) in x0 space.")
+    gamma: float = Field(default=5.0, gt=0, description="SNR above which the weight stops growing.")
+    terminal: Terminal | None = Field(
+        default=None,
+        description="Weight at SNR 0: official, official_patched, plus_one or floor; "
+        "null: plus_one under zero terminal SNR, else official.",
+    )
+    minimum: Fraction = Field(default=0.01, description="Least weight; only terminal: floor uses it.")
+
+
+class AdamW(Section):
+    """AdamW (Loshchilov & Hutter 2019)."""
+
+    type: Literal["adamw"] = Field(default="adamw", description="AdamW.")
+    learning_rate: float = Field(default=1e-5, gt=0, description="Peak learning rate, reached after the warm-up.")
+    betas: Annotated[tuple[Beta, Beta], Strict(False)] = Field(
+        default=(0.9, 0.999), description="Decay of the running means of gradient and squared gradient."
+    )
+    epsilon: float = Field(default=1e-8, gt=0, description="Added to the denominator of the update.")
+    weight_decay: float = Field(default=0.01, ge=0, description="Decoupled weight decay, times the learning rate.")
+
+
+class CosineSchedule(Section):
+    """Linear warm-up, then half a cosine down to final_fraction at max_steps."""
+
+    type: Literal["cosine"] = Field(default="cosine", description="Linear warm-up, then half a cosine.")
+    warmup_steps: int = Field(default=200, ge=0, description="Steps of linear warm-up.")
+    final_fraction: Fraction = Field(default=0.0, description="Learning rate at max_steps as a share of the peak.")
+
+
+class ConstantSchedule(Section):
+    """Linear warm-up, then constant."""
+
+    type: Literal["constant"] = Field(default="constant", description="Linear warm-up, then constant.")
+    warmup_steps: int = Field(default=200, ge=0, description="Steps of linear warm-up.")
+
+
+class NoEma(Section):
+    """No second set of weights."""
+
+    type: Literal["none"] = Field(default="none", description="No averaged weights.")
+
+
+class ExponentialEma(Section):
+    """Exponential moving average of the weights."""
+
+    type: Literal["exponential"] = Field(default="exponential", description="Exponential moving average.")
+    decay: float = Field(default=0.9999, gt=0, lt=1, description="Share of the average that survives a step.")
+
+
+class Memory(Section):
+    """What is traded for memory."""
+
+    gradient_checkpointing: bool = Field(default=True, description="Recompute activations in backward to save memory.")
+
+
+class Ddp(Section):
+    """Every process holds the whole model."""
+
+    type: Literal["ddp"] = Field(default="ddp", description="Every process holds the whole model.")
+
+
+Objective = Epsilon | VPrediction | FlowMatching
+LevelDensity = UniformDensity | LogitNormalDensity
+LossWeight = NoLossWeight | MinSnrLossWeight
+Schedule = CosineSchedule | ConstantSchedule
+Ema = NoEma | ExponentialEma
+
+
+class Training(Section):
+    """How the model is trained. A step is one optimizer update."""
+
+    objective: Objective = Field(
+        default=VPrediction(),
+        discriminator="type",
+        description="What the U-Net learns to predict. v_prediction with zero terminal SNR is the default because it "
+        "is the best understood way to let SDXL see pure noise: it starts from SDXL's own schedule and time labels, "
+        "and stock samplers can draw from the result. Flow matching has to relearn labels and input scale.",
+    )
+    level_density: LevelDensity = Field(
+        default=UniformDensity(), discriminator="type", description="How often each noise level is trained."
+    )
+    loss_weight: LossWeight = Field(
+        default=MinSnrLossWeight(),
+        discriminator="type",
+        description="How much each noise level counts. "
+        "min_snr keeps the easy low-noise levels from drowning the others.",
+    )
+    optimizer: AdamW = Field(default=AdamW(), description="What turns gradients into updates.")
+    schedule: Schedule = Field(
+        default=CosineSchedule(), discriminator="type", description="Learning rate over the run."
+    )
+    batch_size: int = Field(default=4, ge=1, description="Pictures per process and micro-batch.")
+    accumulation: int = Field(default=1, ge=1, description="Micro-batches whose gradients make one step.")
+    max_steps: int = Field(default=10000, ge=1, description="Steps of the whole run, resumed or not.")
+    precision: Literal["bf16", "fp32", "fp16"] = Field(
+        default="bf16", description="Arithmetic of the network; weights stay fp32."
+    )
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = Field(
+        default=1.0, description="Gradients are clipped to this global norm; null: never."
+    )
+    max_skipped_in_a_row: int = Field(
+        default=10, ge=1, description="Non-finite steps in a row that end the run; single ones are skipped."
+    )
+    ema: Ema = Field(
+        default=ExponentialEma(), discriminator="type", description="Averaged weights, used for previews and export."
+    )
+    memory: Memory = Field(default=Memory(), description="What is traded for memory.")
+    parallel: Ddp = Field(default=Ddp(), description="How several processes share the work.")
+
+
+# --- data ------------------------------------------------------------------------------------------------------------
+
+
+class Source(Section):
+    """One folder of pictures with captions beside them."""
+
+    path: str = Field(min_length=1, description="Folder with pictures, searched with its subfolders.")
+    repeats: int = Field(default=1, ge=1, description="Times each picture is drawn in an epoch.")
+
+
+class Buckets(Section):
+    """Picture sizes; all pictures of a step share one."""
+
+    step_px: int = Field(
+        default=64, ge=8, multiple_of=8, description="Sides of a bucket are multiples of this many pixels."
+    )
+    min_side_px: int = Field(default=512, ge=8, description="Shortest side of a bucket in pixels.")
+    max_side_px: int = Field(default=2048, ge=8, description="Longest side of a bucket in pixels.")
+    small_pictures: Literal["leave_out", "upscale"] = Field(
+        default="leave_out", description="What happens to pictures smaller than their bucket."
+    )
+
+
+class Captions(Section):
+    """Comma-separated tags or sentences in a text file beside each picture."""
+
+    extension: str = Field(
+        default=".txt",
+        pattern=EXTENSION,
+        json_schema_extra={"in_words": "a dot and letters, like .txt"},
+        description="Ending of the caption file's name.",
+    )
+    separator: str = Field(default=",", min_length=1, description="Text between two tags.")
+    shuffle: bool = Field(default=True, description="Whether the order of tags is drawn anew each time.")
+    keep_first: int = Field(
+        default=1, ge=0, description="Number of leading tags that keep their place and never drop out."
+    )
+    tag_dropout: Fraction = Field(default=0.0, description="Probability that one tag is left out.")
+    caption_dropout: Fraction = Field(default=0.1, description="Probability of an empty caption; guidance needs some.")
+    missing: Literal["refuse", "empty", "leave_out"] = Field(
+        default="refuse", description="What happens to a picture without a caption file."
+    )
+
+
+class Cache(Section):
+    """Encoded pictures on disk."""
+
+    path: str | None = Field(default=None, min_length=1, description="Folder of the cache; null: <output_dir>/cache.")
+    posterior: Literal["sample", "mean"] = Field(
+        default="sample", description="Whether a latent is drawn from the VAE's distribution or is its mean."
+    )
+
+
+class Data(Section):
+    """Which pictures, at what sizes, with what captions."""
+
+    sources: Annotated[tuple[Source, ...], Strict(False)] = Field(
+        min_length=1, description="Folders of pictures; at least one."
+    )
+    resolution: int = Field(
+        default=1024, ge=8, description="Side of the square bucket in pixels; no bucket has a larger area."
+    )
+    buckets: Buckets = Field(default=Buckets(), description="Picture sizes; all pictures of a step share one.")
+    captions: Captions = Field(default=Captions(), description="Text files beside the pictures.")
+    cache: Cache = Field(default=Cache(), description="Pictures encoded by the VAE, kept on disk.")
+    workers: int = Field(
+        default=2, ge=0, description="Processes that read and decode pictures; 0 uses the main process."
+    )
+
+
+class NoTagWeighting(Section):
+    """Every picture counts the same."""
+
+    type: Literal["none"] = Field(default="none", description="Every picture counts the same.")
+
+
+class Config(Section):
+    """A configuration file."""
+
+    global_config: GlobalConfig = Field(
+        default=GlobalConfig(), description="Where a run lives and what it leaves behind."
+    )
+    model: Model = Field(default=Model(), description="What is trained.")
+    training: Training = Field(default=Training(), description="How it is trained. A step is one optimizer update.")
+    data: Data = Field(description="Which pictures, at what sizes, with what captions.")
+    tag_weighting: NoTagWeighting = Field(default=NoTagWeighting(), description="Weights of pictures by their tags.")
+
+
+def min_snr_terminal(objective: Objective, weight: MinSnrLossWeight) -> Terminal:
+    """Return the chosen terminal policy, or the one that null stands for (Lin et al. make SNR 0 a trained level)."""
+    if weight.terminal is not None:
+        return weight.terminal
+    return "plus_one" if isinstance(objective, VPrediction) and objective.zero_terminal_snr else "official"
+
+
+def cache_folder(config: Config) -> str:
+    """Return the folder of the latent cache, or the one that null stands for."""
+    return config.data.cache.path or str(Path(config.global_config.output_dir) / "cache")
+
+
+def default_values() -> dict[str, Any]:
+    """Return all defaults as nested plain values; `data.sources` is missing because it has none."""
+    values = Config(data=Data(sources=(Source(path="anywhere"),))).model_dump()
+    del values["data"]["sources"]
+    return values
