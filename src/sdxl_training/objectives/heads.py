@@ -30,7 +30,7 @@ class Head(Protocol):
 class EpsilonHead:
     """The network predicts the noise (Ho et al. 2020). Invalid where a = 0: there eps = x and x0 is undetermined."""
 
-    def target(self, x0: Tensor, eps: Tensor, a: Tensor, b: Tensor) -> Tensor:  # noqa: ARG002
+    def target(self, x0: Tensor, eps: Tensor, a: Tensor, b: Tensor) -> Tensor:
         """Return eps."""
         return eps
 
@@ -38,7 +38,7 @@ class EpsilonHead:
         """Return x0 = (x - b eps) / a and eps."""
         return (x - b * output) / a, output
 
-    def weight(self, scaled_weight: Tensor, a: Tensor, b: Tensor) -> Tensor:  # noqa: ARG002
+    def weight(self, scaled_weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
         """Return W / SNR: an error d of eps is an error -d b/a of x0."""
         return scaled_weight / a.square()
 
@@ -54,7 +54,7 @@ class VelocityHead:
         """Return x0 = a x - b v and eps = b x + a v: a rotation, regular at every level."""
         return a * x - b * output, b * x + a * output
 
-    def weight(self, scaled_weight: Tensor, a: Tensor, b: Tensor) -> Tensor:  # noqa: ARG002
+    def weight(self, scaled_weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
         """Return W / (SNR + 1) = b^2 W, since a^2 + b^2 = 1."""
         return scaled_weight
 
@@ -62,7 +62,7 @@ class VelocityHead:
 class FlowHead:
     """The network predicts the velocity u = eps - x0 of the straight path a = 1 - t, b = t (Liu et al. 2023)."""
 
-    def target(self, x0: Tensor, eps: Tensor, a: Tensor, b: Tensor) -> Tensor:  # noqa: ARG002
+    def target(self, x0: Tensor, eps: Tensor, a: Tensor, b: Tensor) -> Tensor:
         """Return eps - x0."""
         return eps - x0
 
@@ -70,6 +70,6 @@ class FlowHead:
         """Return x0 = x - t u and eps = x + (1 - t) u."""
         return x - b * output, x + a * output
 
-    def weight(self, scaled_weight: Tensor, a: Tensor, b: Tensor) -> Tensor:  # noqa: ARG002
+    def weight(self, scaled_weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
         """Return t^2 W: an error d of u is an error -t d of x0."""
         return scaled_weight

@@ -55,24 +55,6 @@ class Objective:
         errors_B = (output_BCHW.float() - target_BCHW).square().mean(dim=(1, 2, 3))
         return errors_B * self.loss_weight.weight(self.head, levels.a_B, levels.b_B)
 
-    def scheduler_config(self) -> dict[str, Any]:
-        """Return the diffusers scheduler configuration that samples a model trained with this objective."""
-        if isinstance(self.path, FlowPath):
-            return {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 1.0}
-        return {
-            "_class_name": "EulerDiscreteScheduler",
-            "num_train_timesteps": 1000,
-            "beta_schedule": "scaled_linear",
-            "beta_start": 0.00085,
-            "beta_end": 0.012,
-            "prediction_type": "epsilon" if isinstance(self.head, EpsilonHead) else "v_prediction",
-            "rescale_betas_zero_snr": self.path.zero_terminal_snr,
-            "timestep_spacing": "trailing",
-            "steps_offset": 0,
-            "interpolation_type": "linear",
-            "use_karras_sigmas": False,
-        }
-
 
 def noise_like(latents_BCHW: Tensor, seed: int, visits: Sequence[int], sample_ids: Sequence[int]) -> Tensor:
     """Return standard normal noise, each sample's from (seed, visit, sample id) alone.

@@ -42,8 +42,8 @@ def sdxl_alphas_bar() -> Tensor:
 def rescale_zero_terminal_snr(alphas_bar_T: Tensor) -> Tensor:
     """Return the table with exactly no signal left at its last entry and its first entry unchanged.
 
-    Source: Lin et al. 2024, "Common Diffusion Noise Schedules and Sample Steps Are Flawed", Algorithm 1: an affine map of
-    sqrt(alpha-bar).
+    Source: Lin et al. 2024, "Common Diffusion Noise Schedules and Sample Steps Are Flawed", Algorithm 1: an affine map
+    of sqrt(alpha-bar).
     """
     root_T = alphas_bar_T.sqrt()
     first, last = root_T[0], root_T[-1]
@@ -74,15 +74,17 @@ class VariancePreservingPath:
         return Levels(alphas_bar_B.sqrt().float(), (1.0 - alphas_bar_B).sqrt().float(), timestep_B.float())
 
     def sampling_levels(self, steps: int) -> Levels:
-        """Return `steps` levels, noisiest first, in "trailing" spacing, the only one that visits timestep 999 (Lin et al.)."""
-        timesteps = torch.arange(len(self.alphas_bar_T), 0, -len(self.alphas_bar_T) / steps, dtype=torch.float64)[:steps]
+        """Return `steps` levels, noisiest first, in the "trailing" spacing, which visits timestep 999 (Lin et al.)."""
+        timesteps = torch.arange(len(self.alphas_bar_T), 0, -len(self.alphas_bar_T) / steps, dtype=torch.float64)[
+            :steps
+        ]
         return self.at_timesteps(timesteps.round().long() - 1)
 
 
 class FlowPath:
-    """The straight path of rectified flow: a = 1 - t, b = t with t from 0 (clean) to 1 (noise); label 1000 t, not rounded.
+    """The straight path of rectified flow: a = 1 - t, b = t, t from 0 (clean) to 1 (noise); label 1000 t, not rounded.
 
-    Source: Liu et al. 2023 (rectified flow), Lipman et al. 2023 with sigma_min = 0; time runs as in Esser et al. 2024 (SD3).
+    Source: Liu et al. 2023 (rectified flow), Lipman et al. 2023 with sigma_min = 0; time runs as in Esser et al. 2024.
     """
 
     zero_terminal_snr = True

@@ -1,7 +1,7 @@
 """Drawing pictures: one first-order stepper for every objective.
 
-DDIM without noise, Euler in sigma and Euler in flow time are one and the same step x' = a' x0 + b' eps, so the objective
-only chooses the grid of levels.
+DDIM without noise, Euler in sigma and Euler in flow time are one and the same step x' = a' x0 + b' eps, so the
+objective only chooses the grid of levels.
 """
 
 from __future__ import annotations

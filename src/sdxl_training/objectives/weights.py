@@ -30,7 +30,7 @@ class LossWeight(Protocol):
 class NoWeight:
     """The head's own mean squared error: SNR in x0 space for eps, SNR + 1 for v, 1/t^2 for flow."""
 
-    def weight(self, head: Head, a_B: Tensor, b_B: Tensor) -> Tensor:  # noqa: ARG002
+    def weight(self, head: Head, a_B: Tensor, b_B: Tensor) -> Tensor:
         """Return ones."""
         return torch.ones_like(a_B)
 

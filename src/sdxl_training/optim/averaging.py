@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
 import torch
@@ -17,7 +17,7 @@ class WeightAverage(Protocol):
         """Follow the parameters after update `step`, counted from 0."""
         ...
 
-    def swapped_in(self) -> Iterator[None]:
+    def swapped_in(self) -> AbstractContextManager[None]:
         """Context in which the model has the averaged weights."""
         ...
 

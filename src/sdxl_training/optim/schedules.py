@@ -33,7 +33,7 @@ class Constant:
 
 @dataclass(frozen=True)
 class Cosine:
-    """Warm up, then fall along half a cosine to `final_fraction` at `total_steps` (Loshchilov & Hutter 2017, equation 5)."""
+    """Warm up, then half a cosine down to `final_fraction` at `total_steps` (Loshchilov & Hutter 2017, equation 5)."""
 
     warmup_steps: int
     total_steps: int

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
+Item = TypeVar("Item")
 SLOWEST_RANK = timedelta(hours=12)
 """How long ranks wait for each other: one may be encoding pictures, or drawing previews, while the others are done."""
 
@@ -39,6 +41,14 @@ class Group:
     def any(self, flag: bool) -> bool:
         """Return whether any rank's flag is set. Asked over gloo, on the CPU: the device is not waited for."""
         return bool(self.sum(torch.tensor(float(flag))) > 0)
+
+    def gather(self, items: Sequence[Item]) -> list[Item]:
+        """Return all ranks' items, in order of rank; items are pickled."""
+        if self.world_size == 1:
+            return list(items)
+        shares: list[Sequence[Item]] = [()] * self.world_size
+        distributed.all_gather_object(shares, items)
+        return [item for share in shares for item in share]
 
     def wait(self) -> None:
         """Wait for all ranks."""

@@ -1,8 +1,8 @@
 """Checkpoints that are either whole or not there.
 
 A checkpoint is a folder `checkpoints/step-000500` of safetensors and JSON files and a manifest with their sizes and
-BLAKE2b digests. It is written under a temporary name, every file is flushed to the disk, the manifest comes last, and the
-folder is renamed into place; so a folder with a manifest that verifies is complete, whatever happened since.
+BLAKE2b digests. It is written under a temporary name, every file is flushed to the disk, the manifest comes last, and
+the folder is renamed into place; so a folder with a manifest that verifies is complete, whatever happened since.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -24,6 +25,7 @@ from torch import Tensor
 from sdxl_training.records import UserError
 
 MANIFEST = "manifest.json"
+STATE = "state.json"
 FORMAT = 1
 
 
@@ -33,10 +35,14 @@ class CheckpointError(UserError):
 
 @dataclass(frozen=True)
 class RunState:
-    """Where a run stands beyond its tensors. `plan` fingerprints everything that decides which sample comes when."""
+    """Where a run stands beyond its tensors.
+
+    `plan` fingerprints everything that decides which sample comes when; `optimizer` is the type whose state is saved.
+    """
 
     step: int
     plan: str
+    optimizer: str
     format: int = FORMAT
 
 
@@ -49,8 +55,13 @@ class Checkpoint:
 
 
 def checkpoint_name(step: int) -> str:
-    """Return the folder name of a step: sorts by step."""
+    """Return the folder name of a step."""
     return f"step-{step:06d}"
+
+
+def checkpoint_step(folder: Path) -> int:
+    """Return the step a checkpoint folder is named after."""
+    return int(folder.name.removeprefix("step-"))
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
@@ -66,13 +77,13 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
         temporary.mkdir()
         _write_files(temporary, checkpoint)
         if final.exists():  # only an unusable one: resuming never repeats a step whose checkpoint verifies
-            os.replace(final, folder / f".replaced-{final.name}-{os.getpid()}")
+            final.rename(folder / f".replaced-{final.name}-{os.getpid()}")
         temporary.rename(final)
         _flush_folder(folder)
         _remove(folder / f".replaced-{final.name}-{os.getpid()}")
-    except OSError as error:
+    except (OSError, safetensors.SafetensorError) as error:  # safetensors wraps what the disk says in its own class
         _remove(temporary)
-        reason = "the disk is full" if error.errno == errno.ENOSPC else str(error)
+        reason = "the disk is full" if os.strerror(errno.ENOSPC) in str(error) else str(error)
         raise CheckpointError(
             f"{final}: this checkpoint could not be written: {reason}. Earlier checkpoints are untouched; "
             "free space or mend the folder's permissions, then start the same command again to resume."
@@ -88,7 +99,7 @@ def _write_files(folder: Path, checkpoint: Checkpoint) -> None:
         if tensors:
             contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
             save_file(contiguous, folder / f"{part}.safetensors")
-    (folder / "state.json").write_text(json.dumps(asdict(checkpoint.state), indent=2))
+    (folder / STATE).write_text(json.dumps(asdict(checkpoint.state), indent=2))
     files = {path.name: {"bytes": path.stat().st_size, "blake2b": _digest(path)} for path in sorted(folder.iterdir())}
     for path in folder.iterdir():
         _flush(path)
@@ -101,6 +112,8 @@ def find_damage(folder: Path) -> str | None:
     """Return what is wrong with a checkpoint folder in words, or None if its manifest verifies."""
     try:
         files = json.loads((folder / MANIFEST).read_text())["files"]
+        if STATE not in files:
+            return f"{MANIFEST} is damaged"
         for name, expected in files.items():
             path = folder / name
             if path.stat().st_size != expected["bytes"]:
@@ -109,19 +122,23 @@ def find_damage(folder: Path) -> str | None:
                 return f"{name} does not match its digest"
     except OSError as error:
         return f"{Path(error.filename or folder).name} cannot be read ({error.strerror})"
-    except (json.JSONDecodeError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):  # not JSON, not text, or not of our making
         return f"{MANIFEST} is damaged"
     return None
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Return the checkpoint folders below `folder`, oldest first, whether they verify or not."""
-    return sorted(path for path in folder.glob("step-*") if path.is_dir())
+    """Return the checkpoint folders below `folder`, oldest first, whether they verify or not.
+
+    A folder with any other name, such as a user's own copy `step-000500-good`, is none of ours.
+    """
+    ours = (path for path in folder.glob("step-*") if path.is_dir() and re.fullmatch(r"step-\d{6,}", path.name))
+    return sorted(ours, key=checkpoint_step)
 
 
 def newest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
     """Return the newest checkpoint that verifies, and a sentence for each newer one that does not."""
-    rejected = []
+    rejected: list[str] = []
     for path in reversed(list_checkpoints(folder)):
         problem = find_damage(path)
         if problem is None:
@@ -137,7 +154,7 @@ def load_checkpoint(folder: Path, device: torch.device) -> Checkpoint:
     problem = find_damage(folder)
     if problem:
         raise CheckpointError(f"{folder}: this checkpoint is unusable: {problem}. Resume from another one.")
-    state = json.loads((folder / "state.json").read_text())
+    state = json.loads((folder / STATE).read_text())
     if state["format"] != FORMAT:
         raise CheckpointError(f"{folder}: has format {state['format']}; this version reads format {FORMAT}.")
     try:
@@ -147,12 +164,28 @@ def load_checkpoint(folder: Path, device: torch.device) -> Checkpoint:
     return Checkpoint(RunState(**state), parts)
 
 
-def prune_checkpoints(folder: Path, keep_last: int) -> None:
-    """Delete all but the newest `keep_last` checkpoints, and what an interrupted save left behind."""
-    for path in list_checkpoints(folder)[:-keep_last]:
+def prune_checkpoints(folder: Path, keep_last: int, newest_step: int) -> None:
+    """Delete all but the newest `keep_last` checkpoints up to `newest_step`, and what an interrupted save left behind.
+
+    Folders of later steps are not of this run's making (a damaged one was resumed past) and do not count.
+    """
+    ours = [path for path in list_checkpoints(folder) if checkpoint_step(path) <= newest_step]
+    for path in ours[:-keep_last]:
         _remove(path)
-    for leftover in folder.glob(".writing-*"):
+    for leftover in (*folder.glob(".writing-*"), *folder.glob(".replaced-*")):
         _remove(leftover)
+
+
+def require_space(folder: Path, checkpoint_bytes: int, copies: int) -> None:
+    """Raise CheckpointError unless `copies` checkpoints and one being written fit on the disk of `folder`."""
+    free = shutil.disk_usage(folder).free
+    needed = checkpoint_bytes * (copies + 1)
+    if free < needed:
+        raise CheckpointError(
+            f"{folder}: {free / 2**30:.1f} GiB are free, but {copies} kept checkpoints and the one being written take "
+            f"{needed / 2**30:.1f} GiB. Free space, lower global_config.checkpoints.keep_last, or choose another "
+            "global_config.output_dir."
+        )
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -22,8 +22,8 @@ class TrainingStoppedError(UserError):
 class StepLog:
     """Action that keeps every update's numbers and writes them out together every `every_steps` updates.
 
-    Numbers stay on the device until then, so logging costs one transfer an interval. `facts(steps_done)` gives what is a
-    function of the step alone (images, epoch, lr); `sample_names(step)` names the pictures of update `step`.
+    Numbers stay on the device until then, so logging costs one transfer an interval. `facts(steps_done)` gives what is
+    a function of the step alone (images, epoch, lr); `sample_names(step)` names the pictures of update `step`.
     """
 
     every_steps: int
@@ -46,7 +46,7 @@ class StepLog:
         if steps_done % self.every_steps == 0:
             self.write()
 
-    def at_end(self, steps_done: int) -> None:  # noqa: ARG002
+    def at_end(self, steps_done: int, finished: bool) -> None:
         """Write what is kept."""
         self.write()
 

@@ -57,7 +57,9 @@ class Painter:
     ) -> list[Picture]:
         """Draw prompts from given noise. The unconditional side is SDXL's own: zero text and zero pooled text."""
         text_BLD, pooled_BP = self.encode_prompts(prompts)
-        sizes_B6 = torch.tensor([*size_hw, 0, 0, *size_hw], dtype=torch.float32, device=self.device).expand(len(prompts), 6)
+        sizes_B6 = torch.tensor([*size_hw, 0, 0, *size_hw], dtype=torch.float32, device=self.device).expand(
+            len(prompts), 6
+        )
         conditional = Conditioning(text_BLD, pooled_BP, sizes_B6)
         both = Conditioning(
             torch.cat([torch.zeros_like(text_BLD), text_BLD]),

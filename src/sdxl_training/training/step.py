@@ -55,7 +55,9 @@ def add_gradients(run: Run, micro_batches: Sequence[Batch]) -> Tensor:
         with run.precision:
             losses_B = loss_per_sample(run.model, run.objective, batch, run.seed)
         loss = (losses_B * batch.weight_B).sum() / run.samples_per_step
-        run.update.loss_scale.scale(loss * run.group.world_size).backward()  # ranks are averaged, samples are summed
+        # DDP averages over ranks, but samples are summed.
+        scaled = run.update.loss_scale.scale(loss * run.group.world_size)
+        scaled.backward()  # type: ignore[no-untyped-call]
         total += loss.detach()
     return total
 

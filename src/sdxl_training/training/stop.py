@@ -17,7 +17,7 @@ class StopRequest:
     def __bool__(self) -> bool:
         return self.signal_name is not None
 
-    def note(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
+    def note(self, number: int, frame: FrameType | None) -> None:
         """Remember the signal; a repeated SIGINT raises KeyboardInterrupt."""
         if self and number == signal.SIGINT:
             raise KeyboardInterrupt

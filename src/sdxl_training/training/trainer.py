@@ -18,26 +18,30 @@ class Action(Protocol):
         """Look at an update that has just been made; `steps_done` counts updates since the run began."""
         ...
 
-    def at_end(self, steps_done: int) -> None:
-        """Do what must be done when training ends, finished or stopped."""
+    def at_end(self, steps_done: int, finished: bool) -> None:
+        """Do what must be done when training ends; `finished` is False when it was asked to stop."""
         ...
 
 
 @dataclass(frozen=True)
 class Every:
-    """Calls `work(steps_done)` each `steps` updates and at the end, never twice for the same step. 0 steps: never."""
+    """Calls `work(steps_done)` each `steps` updates and at the end, never twice for the same step. 0 steps: never.
+
+    With `when_stopped` False it leaves the end of a stopped run alone, so that somebody who asked need not wait.
+    """
 
     steps: int
     work: Callable[[int], None]
+    when_stopped: bool = True
 
-    def after_step(self, steps_done: int, stats: StepStats) -> None:  # noqa: ARG002
+    def after_step(self, steps_done: int, stats: StepStats) -> None:
         """Work when the interval divides the count."""
         if self.steps and steps_done % self.steps == 0:
             self.work(steps_done)
 
-    def at_end(self, steps_done: int) -> None:
+    def at_end(self, steps_done: int, finished: bool) -> None:
         """Work if the last update did not."""
-        if self.steps and steps_done % self.steps != 0:
+        if self.steps and steps_done % self.steps != 0 and (finished or self.when_stopped):
             self.work(steps_done)
 
 
@@ -49,7 +53,7 @@ def train(
     actions: Sequence[Action],
     stop: StopRequest,
 ) -> int:
-    """Make updates number `first_step` to `last_step` - 1, or fewer when asked to stop; return how many are done in all.
+    """Make updates number `first_step` to `last_step` - 1, or fewer when asked to stop; return how many are done.
 
     Actions run in their order after each update: put saving before drawing.
     """
@@ -60,5 +64,5 @@ def train(
         for action in actions:
             action.after_step(steps_done, stats)
     for action in actions:
-        action.at_end(steps_done)
+        action.at_end(steps_done, finished=steps_done == last_step)
     return steps_done
