@@ -86,7 +86,7 @@ def test_synonyms_name_places_that_exist():
         ("memory:", "is empty; give it settings below, or delete the line"),
         ("objective: epsilon", "must be a mapping with type: epsilon, type: flow_matching or type: v_prediction"),
         ("objective: {type: flow}", "must be epsilon, flow_matching or v_prediction"),
-        ("optimizer: {type: lion, momentum: 1}", "must be adamw, the only one there is"),
+        ("optimizer: {type: lion, momentum: 1}", "must be adamw or sgd"),
         ("loss_weight: {type: none, gamma: 5}", "belongs to type: min_snr, not to none"),
     ],
 )

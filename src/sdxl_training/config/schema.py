@@ -168,7 +168,7 @@ class MinSnrLossWeight(Section):
     terminal: Terminal | None = Field(
         default=None,
         description="Weight at SNR 0: official, official_patched, plus_one or floor; "
-        "null: plus_one under zero terminal SNR, else official.",
+        "null: plus_one where SNR 0 is trained, else official.",
     )
     minimum: Fraction = Field(default=0.01, description="Least weight; only terminal: floor uses it.")
 
@@ -183,6 +183,15 @@ class AdamW(Section):
     )
     epsilon: float = Field(default=1e-8, gt=0, description="Added to the denominator of the update.")
     weight_decay: float = Field(default=0.01, ge=0, description="Decoupled weight decay, times the learning rate.")
+
+
+class Sgd(Section):
+    """Stochastic gradient descent: for comparing runs number by number."""
+
+    type: Literal["sgd"] = Field(default="sgd", description="Stochastic gradient descent, for comparing runs.")
+    learning_rate: float = Field(default=1e-3, gt=0, description="Peak learning rate, reached after the warm-up.")
+    momentum: Fraction = Field(default=0.0, description="Share of the last update that is kept.")
+    weight_decay: float = Field(default=0.0, ge=0, description="L2 penalty added to the gradient.")
 
 
 class CosineSchedule(Section):
@@ -225,6 +234,7 @@ class Ddp(Section):
     type: Literal["ddp"] = Field(default="ddp", description="Every process holds the whole model.")
 
 
+Optimizer = AdamW | Sgd
 Objective = Epsilon | VPrediction | FlowMatching
 LevelDensity = UniformDensity | LogitNormalDensity
 LossWeight = NoLossWeight | MinSnrLossWeight
@@ -251,7 +261,9 @@ class Training(Section):
         description="How much each noise level counts. "
         "min_snr keeps the easy low-noise levels from drowning the others.",
     )
-    optimizer: AdamW = Field(default=AdamW(), description="What turns gradients into updates.")
+    optimizer: Optimizer = Field(
+        default=AdamW(), discriminator="type", description="What turns gradients into updates."
+    )
     schedule: Schedule = Field(
         default=CosineSchedule(), discriminator="type", description="Learning rate over the run."
     )
@@ -363,10 +375,16 @@ class Config(Section):
 
 
 def min_snr_terminal(objective: Objective, weight: MinSnrLossWeight) -> Terminal:
-    """Return the chosen terminal policy, or the one that null stands for (Lin et al. make SNR 0 a trained level)."""
+    """Return the chosen terminal policy, or the one that null stands for.
+
+    The published formula gives SNR 0 no weight, so it is not used where that level is trained: v-prediction with zero
+    terminal SNR, and flow matching, whose path ends in pure noise.
+    """
     if weight.terminal is not None:
         return weight.terminal
-    return "plus_one" if isinstance(objective, VPrediction) and objective.zero_terminal_snr else "official"
+    if isinstance(objective, VPrediction):
+        return "plus_one" if objective.zero_terminal_snr else "official"
+    return "plus_one" if isinstance(objective, FlowMatching) else "official"
 
 
 def cache_folder(config: Config) -> str:

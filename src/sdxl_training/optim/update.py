@@ -5,7 +5,7 @@ Everything stays on the device; nothing here waits for the host.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +25,14 @@ def make_adamw(
     )
 
 
-OPTIMIZERS = {"adamw": make_adamw}
+def make_sgd(
+    parameters: Iterable[Tensor], learning_rate: float, momentum: float, weight_decay: float
+) -> torch.optim.Optimizer:
+    """Stochastic gradient descent, fused for the same reason."""
+    return torch.optim.SGD(parameters, lr=learning_rate, momentum=momentum, weight_decay=weight_decay, fused=True)
+
+
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"adamw": make_adamw, "sgd": make_sgd}
 
 
 @dataclass

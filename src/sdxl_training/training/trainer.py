@@ -63,6 +63,7 @@ def train(
         steps_done += 1
         for action in actions:
             action.after_step(steps_done, stats)
-    for action in actions:
-        action.at_end(steps_done, finished=steps_done == last_step)
+    if steps_done > first_step:  # without a new update, the run that came before has already seen to its end
+        for action in actions:
+            action.at_end(steps_done, finished=steps_done == last_step)
     return steps_done

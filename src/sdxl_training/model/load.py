@@ -1,0 +1,273 @@
+"""Reading SDXL: the miniature, a diffusers folder, or a model of the Hugging Face hub.
+
+Everything is checked before it is trusted: a folder's parts, the shapes its configurations promise each other, every
+weight file's length, and that no weight is missing. What does not fit is refused by name.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from sdxl_training.model.architecture import architecture_problems, tokenizer_problems
+from sdxl_training.model.sdxl import SDXL
+from sdxl_training.records import UserError
+from sdxl_training.rng import Stream, derive_seed
+
+MINIATURE = "miniature"
+MINIATURE_FOLDER = Path(__file__).parent / "miniature"
+
+# The miniature's text encoders are random but always the same: a checkpoint must find those it was trained with.
+TEXT_ENCODER_SEED = 20231
+
+UNET_FILE = "diffusion_pytorch_model.safetensors"
+TEXT_FILE = "model.safetensors"
+PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+WEIGHT_FILES = {"unet": UNET_FILE, "vae": UNET_FILE, "text_encoder": TEXT_FILE, "text_encoder_2": TEXT_FILE}
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+HUB_FILES = (
+    "model_index.json",
+    *(f"{part}/*.{kind}" for part in PARTS for kind in ("json", "txt")),
+    *(f"{part}/{file}" for part, file in WEIGHT_FILES.items()),
+    *(f"{part}/{Path(file).stem}-*-of-*.safetensors" for part, file in WEIGHT_FILES.items()),
+)
+
+
+def load_sdxl(source: str, seed: int, device: torch.device | str) -> SDXL:
+    """Return the SDXL model that `source` names, in fp32 on `device`: "miniature", a diffusers folder or a hub id.
+
+    The U-Net is ready to train; text encoders and VAE are frozen. Only the miniature's U-Net depends on `seed`: it is
+    drawn from it, since the miniature ships without trained weights. Torch's global generator is left as it was.
+    Raises UserError where the source is missing, incomplete, damaged or no SDXL model.
+    """
+    if source == MINIATURE:
+        return _finish(_read_miniature(seed), device)
+    folder = _find_folder(source)
+    _check_parts(folder)
+    _check_configs(folder)
+    for part in WEIGHT_FILES:
+        _check_weight_files(folder / part)
+    sdxl = _read_folder(folder, source)
+    _check_tokenizers(sdxl, folder)
+    return _finish(sdxl, device)
+
+
+def _read_miniature(seed: int) -> SDXL:
+    folder = MINIATURE_FOLDER
+    _check_configs(folder)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(TEXT_ENCODER_SEED)
+        text_encoder = CLIPTextModel(CLIPTextConfig.from_pretrained(folder / "text_encoder"))
+        text_encoder_2 = CLIPTextModelWithProjection(CLIPTextConfig.from_pretrained(folder / "text_encoder_2"))
+        torch.manual_seed(derive_seed(seed, Stream.INITIAL_WEIGHTS))
+        unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder / "unet"))
+    sdxl = SDXL(unet, _read_vae(folder), text_encoder, text_encoder_2, *_read_tokenizers(folder), MINIATURE)
+    _check_tokenizers(sdxl, folder)
+    return sdxl
+
+
+def _read_folder(folder: Path, source: str) -> SDXL:
+    return SDXL(
+        _read_unet(folder),
+        _read_vae(folder),
+        _read_text_encoder(CLIPTextModel, folder / "text_encoder"),
+        _read_text_encoder(CLIPTextModelWithProjection, folder / "text_encoder_2"),
+        *_read_tokenizers(folder),
+        source,
+    )
+
+
+def _finish(sdxl: SDXL, device: torch.device | str) -> SDXL:
+    for network in sdxl.networks.values():
+        network.to(device).requires_grad_(False).eval()
+    sdxl.unet.requires_grad_(True).train()
+    return sdxl
+
+
+def _find_folder(source: str) -> Path:
+    """Return the local folder of `source`, fetching it from the hub where it is a hub id and no folder."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path
+    if path.suffix in {".safetensors", ".ckpt", ".pt"}:
+        raise UserError(
+            f"model.source = {source}: single files are read from a later version on. Convert it to a folder with "
+            f"diffusers: StableDiffusionXLPipeline.from_single_file({source!r}).save_pretrained('FOLDER'), and give "
+            "that folder."
+        )
+    if path.exists():
+        raise UserError(f"model.source = {source} is a file; give the folder of a diffusers SDXL model.")
+    if not HUB_ID.fullmatch(source):
+        raise UserError(
+            f"model.source = {source}: there is no such folder. Give a diffusers SDXL folder, a hub id "
+            "(owner/name), or miniature."
+        )
+    return _fetch_from_hub(source)
+
+
+def _fetch_from_hub(source: str) -> Path:
+    try:
+        return Path(snapshot_download(source, allow_patterns=list(HUB_FILES)))
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"model.source = {source}: there is no such folder here, and the model hub did not deliver a model of "
+            f"that name ({reason}). Check the spelling and the network, sign in with `hf auth login` if the model is "
+            f"gated, or fetch it on another machine with `hf download {source} --local-dir FOLDER` and give the folder."
+        ) from error
+
+
+def _check_parts(folder: Path) -> None:
+    missing = [part for part in PARTS if not (folder / part).is_dir()]
+    if not missing:
+        return
+    if "unet" not in missing and "text_encoder_2" in missing:
+        hint = "A folder with one text encoder is Stable Diffusion 1 or 2."
+    elif "unet" not in missing and "text_encoder" in missing:
+        hint = "A folder with only the second text encoder is the SDXL refiner."
+    else:
+        hint = f"A diffusers SDXL folder has {', '.join(PARTS)}."
+    raise UserError(f"model.source = {folder}: lacks {', '.join(missing)}. {hint} Give a complete SDXL base model.")
+
+
+def _check_configs(folder: Path) -> None:
+    unet, vae, text_1, text_2 = (_read_json(folder / part / "config.json") for part in WEIGHT_FILES)
+    problems = architecture_problems(unet, vae, CLIPTextConfig.from_dict(text_1), CLIPTextConfig.from_dict(text_2))
+    _refuse(folder, problems)
+
+
+def _refuse(folder: Path, problems: list[str]) -> None:
+    if problems:
+        raise UserError(
+            f"model.source = {folder} is no SDXL base model: {'; '.join(problems)}. Give a complete SDXL base model."
+        )
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{file} cannot be read ({error}). Fetch or export the model again.") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{file} should hold one JSON object. Fetch or export the model again.")
+    return content
+
+
+def _check_weight_files(part: Path) -> None:
+    """Open every weight file's header: it also compares the file's length with what the header promises."""
+    files = _weight_files(part)
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as opened:
+                opened.keys()
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{file} is damaged or incomplete ({error}). Fetch or export the model again.") from error
+
+
+def _weight_files(part: Path) -> list[Path]:
+    name = WEIGHT_FILES[part.name]
+    if (part / name).is_file():
+        return [part / name]
+    index = part / f"{name}.index.json"
+    if index.is_file():
+        return sorted({part / shard for shard in _read_json(index).get("weight_map", {}).values()})
+    others = sorted(file.name for file in part.iterdir() if file.suffix in {".safetensors", ".bin", ".ckpt"})
+    found = (
+        f"found only {', '.join(others)}; half-precision and pickled files are not read" if others else "it is empty"
+    )
+    raise UserError(f"{part} lacks {name} ({found}). Give a folder with the full-precision safetensors weights.")
+
+
+def _read_unet(folder: Path) -> UNet2DConditionModel:
+    # Built without memory and filled by assignment: initialising 2.6 billion weights only to replace them takes
+    # a minute and twice the memory.
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder / "unet"))
+    weights: dict[str, Tensor] = {}
+    for file in _weight_files(folder / "unet"):
+        weights.update(load_file(file))
+    weights = {name: tensor.to(torch.float32) for name, tensor in weights.items()}
+    expected = unet.state_dict()
+    _check_weights(
+        folder / "unet",
+        missing=expected.keys() - weights.keys(),
+        unknown=weights.keys() - expected.keys(),
+        misshapen=(name for name in expected.keys() & weights.keys() if expected[name].shape != weights[name].shape),
+    )
+    unet.load_state_dict(weights, assign=True)
+    return unet
+
+
+def _read_vae(folder: Path) -> AutoencoderKL:
+    _check_weight_files(folder / "vae")
+    vae, found = AutoencoderKL.from_pretrained(
+        folder / "vae",
+        torch_dtype=torch.float32,
+        low_cpu_mem_usage=False,
+        use_safetensors=True,
+        ignore_mismatched_sizes=True,  # so that they are reported, and refused below
+        output_loading_info=True,
+    )
+    _check_loading(folder / "vae", found)
+    return vae
+
+
+def _read_text_encoder(kind: type[nn.Module], part: Path) -> Any:
+    encoder, found = kind.from_pretrained(  # type: ignore[attr-defined]
+        part,
+        dtype=torch.float32,
+        local_files_only=True,
+        use_safetensors=True,
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+    )
+    _check_loading(part, found)
+    return encoder
+
+
+def _read_tokenizers(folder: Path) -> tuple[CLIPTokenizer, CLIPTokenizer]:
+    pair = []
+    for name in ("tokenizer", "tokenizer_2"):
+        if not any((folder / name / file).is_file() for file in ("tokenizer.json", "vocab.json")):
+            raise UserError(f"{folder / name} lacks tokenizer.json or vocab.json. Fetch or export the model again.")
+        try:
+            pair.append(CLIPTokenizer.from_pretrained(folder / name))
+        except (OSError, ValueError, TypeError) as error:
+            raise UserError(f"{folder / name} cannot be read ({error}). Fetch or export the model again.") from error
+    return pair[0], pair[1]
+
+
+def _check_tokenizers(sdxl: SDXL, folder: Path) -> None:
+    problems = [
+        *tokenizer_problems(sdxl.tokenizer, sdxl.text_encoder.config, "tokenizer"),
+        *tokenizer_problems(sdxl.tokenizer_2, sdxl.text_encoder_2.config, "tokenizer_2"),
+    ]
+    _refuse(folder, problems)
+
+
+def _check_loading(part: Path, found: Mapping[str, Any]) -> None:
+    # Weights a text model does not have are left over from a larger CLIP; weights it lacks would be random.
+    unknown = () if part.name.startswith("text") else found["unexpected_keys"]
+    misshapen = [entry[0] for entry in found["mismatched_keys"]]
+    _check_weights(part, missing=found["missing_keys"], unknown=unknown, misshapen=misshapen)
+
+
+def _check_weights(part: Path, missing: Iterable[str], unknown: Iterable[str], misshapen: Iterable[str]) -> None:
+    """Refuse what the libraries only warn of: a missing weight would be left random, an unknown one dropped."""
+    groups = {"missing": sorted(missing), "unknown": sorted(unknown), "of another shape": sorted(misshapen)}
+    found = [f"{len(names)} {group} (first: {names[0]})" for group, names in groups.items() if names]
+    if found:
+        raise UserError(
+            f"{part}: the weights do not fit its config.json: {', '.join(found)}. Fetch or export the model again."
+        )
