@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from sdxl_training import __version__
-from sdxl_training.config import Config, LoadedConfig, load_config, notes
+from sdxl_training.config import LoadedConfig, load_config, notes
 from sdxl_training.records import UserError
 
 app = typer.Typer(
@@ -73,12 +73,12 @@ def sample(
     raw_weights: Annotated[bool, typer.Option("--raw-weights", help="Draw without the averaged weights.")] = False,
 ) -> None:
     """Draw pictures with a trained run."""
-    config = config_of_run(run)
+    loaded = config_of_run(run)
     prompts = [*(prompt or ()), *(read_prompts(prompts_file) if prompts_file else ())]
     if not prompts:
         raise UserError("sample: nothing to draw; give --prompt TEXT or --prompts-file FILE with one prompt a line")
-    use_ema = choose_ema(config, False if raw_weights else None)
-    previews = config.global_config.previews
+    use_ema = choose_ema(loaded, False if raw_weights else None)
+    previews = loaded.config.global_config.previews
     _assemble().sample(
         run_dir=run,
         prompts=prompts,
@@ -141,14 +141,14 @@ def check_report(loaded: LoadedConfig) -> str:
     )
 
 
-def config_of_run(run: Path) -> Config:
+def config_of_run(run: Path) -> LoadedConfig:
     """Return the configuration that a run was trained with. Raises UserError where there is no such run."""
     resolved = run / "config.resolved.yaml"
     if not resolved.is_file():
         raise UserError(
             f"--run = {run}: holds no config.resolved.yaml; give the folder <output_dir>/<run_name> of a run"
         )
-    return load_config(resolved).config
+    return load_config(resolved)
 
 
 def read_prompts(file: Path) -> list[str]:
@@ -162,9 +162,9 @@ def read_prompts(file: Path) -> list[str]:
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 
-def choose_ema(config: Config, asked: bool | None) -> bool:
+def choose_ema(loaded: LoadedConfig, asked: bool | None) -> bool:
     """Return whether to use averaged weights; None means where the run has them. Raises UserError where it has none."""
-    has_ema = config.training.ema.type != "none"
+    has_ema = loaded.config.training.ema.type != "none"
     if asked and not has_ema:
         raise UserError("--ema: this run keeps no averaged weights (training.ema.type = none); use --raw")
     return has_ema if asked is None else asked

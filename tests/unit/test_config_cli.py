@@ -88,10 +88,10 @@ def test_export_passes_its_choices_on(calls, run_dir, flags, use_ema):
 
 
 def test_averaged_weights_are_refused_where_there_are_none(run_dir):
-    config = load_config(run_dir / "config.resolved.yaml", ["training.ema={type: none}"]).config
-    assert cli.choose_ema(config, None) is False
+    loaded = load_config(run_dir / "config.resolved.yaml", ["training.ema={type: none}"])
+    assert cli.choose_ema(loaded, None) is False
     with pytest.raises(UserError, match="keeps no averaged weights"):
-        cli.choose_ema(config, True)
+        cli.choose_ema(loaded, True)
 
 
 @pytest.mark.parametrize(("raised", "code"), [(UserError("broken"), 2), (KeyboardInterrupt(), 130)])

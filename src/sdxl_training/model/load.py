@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,13 +24,14 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from sdxl_training.model.architecture import architecture_problems, tokenizer_problems
 from sdxl_training.model.sdxl import SDXL
 from sdxl_training.records import UserError
-from sdxl_training.rng import Stream, derive_seed
+from sdxl_training.rng import Stream, derive_seed, torch_generator
 
 MINIATURE = "miniature"
 MINIATURE_FOLDER = Path(__file__).parent / "miniature"
 
 # The miniature's text encoders are random but always the same: a checkpoint must find those it was trained with.
 TEXT_ENCODER_SEED = 20231
+EMBEDDING_STD = 0.7
 
 UNET_FILE = "diffusion_pytorch_model.safetensors"
 TEXT_FILE = "model.safetensors"
@@ -66,15 +68,33 @@ def load_sdxl(source: str, seed: int, device: torch.device | str) -> SDXL:
 def _read_miniature(seed: int) -> SDXL:
     folder = MINIATURE_FOLDER
     _check_configs(folder)
+    text_encoder = CLIPTextModel(CLIPTextConfig.from_pretrained(folder / "text_encoder"))
+    text_encoder_2 = CLIPTextModelWithProjection(CLIPTextConfig.from_pretrained(folder / "text_encoder_2"))
+    _draw_weights(text_encoder, number=1)
+    _draw_weights(text_encoder_2, number=2)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(TEXT_ENCODER_SEED)
-        text_encoder = CLIPTextModel(CLIPTextConfig.from_pretrained(folder / "text_encoder"))
-        text_encoder_2 = CLIPTextModelWithProjection(CLIPTextConfig.from_pretrained(folder / "text_encoder_2"))
         torch.manual_seed(derive_seed(seed, Stream.INITIAL_WEIGHTS))
         unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder / "unet"))
     sdxl = SDXL(unet, _read_vae(folder), text_encoder, text_encoder_2, *_read_tokenizers(folder), MINIATURE)
     _check_tokenizers(sdxl, folder)
     return sdxl
+
+
+@torch.no_grad()
+def _draw_weights(encoder: nn.Module, number: int) -> None:
+    """Fill text encoder `number` with weights that depend on nothing but their names and shapes.
+
+    Not transformers' own initialisation: a checkpoint of the miniature must find the encoders it was trained with after
+    any upgrade. Embeddings are as large as the states around them, so that words and places stay told apart.
+    """
+    for name, parameter in encoder.named_parameters():
+        place = zlib.crc32(name.removeprefix("text_model.").encode())
+        if parameter.ndim < 2:  # norms and biases
+            parameter.fill_(1.0 if name.endswith("weight") else 0.0)
+        else:
+            std = EMBEDDING_STD if "embedding" in name else parameter.shape[1] ** -0.5
+            words = torch_generator(TEXT_ENCODER_SEED, Stream.INITIAL_WEIGHTS, number, place)
+            parameter.copy_(std * torch.randn(parameter.shape, generator=words))
 
 
 def _read_folder(folder: Path, source: str) -> SDXL:

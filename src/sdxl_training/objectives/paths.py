@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sdxl_training.records import UserError
+
 SDXL_TRAIN_STEPS = 1000
 FLOW_EDGE = 1e-4
 """Flow times are kept this far from 0 and 1 in training, where weights and conversions have poles."""
@@ -27,7 +29,8 @@ class Levels:
 
     def to(self, device: torch.device) -> Levels:
         """Return the same levels on `device`."""
-        return Levels(self.a_B.to(device), self.b_B.to(device), self.label_B.to(device))
+        a_B, b_B, label_B = (value_B.to(device, non_blocking=True) for value_B in (self.a_B, self.b_B, self.label_B))
+        return Levels(a_B, b_B, label_B)
 
 
 def sdxl_alphas_bar() -> Tensor:
@@ -74,10 +77,14 @@ class VariancePreservingPath:
         return Levels(alphas_bar_B.sqrt().float(), (1.0 - alphas_bar_B).sqrt().float(), timestep_B.float())
 
     def sampling_levels(self, steps: int) -> Levels:
-        """Return `steps` levels, noisiest first, in the "trailing" spacing, which visits timestep 999 (Lin et al.)."""
-        timesteps = torch.arange(len(self.alphas_bar_T), 0, -len(self.alphas_bar_T) / steps, dtype=torch.float64)[
-            :steps
-        ]
+        """Return `steps` levels, noisiest first, in the "trailing" spacing, which visits timestep 999 (Lin et al.).
+
+        Raises UserError for more steps than the table has levels: rounding would then visit a timestep -1.
+        """
+        count = len(self.alphas_bar_T)
+        if not 1 <= steps <= count:
+            raise UserError(f"{steps} sampler steps: SDXL's schedule has {count} noise levels; use 1 to {count} steps.")
+        timesteps = torch.arange(count, 0, -count / steps, dtype=torch.float64)[:steps]
         return self.at_timesteps(timesteps.round().long() - 1)
 
 

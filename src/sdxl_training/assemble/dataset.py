@@ -1,0 +1,94 @@
+"""From the data section to what the loader reads: pictures found, planned, encoded, put in order."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from sdxl_training.config.schema import Config, cache_folder
+from sdxl_training.data.buckets import PicturePlan, make_buckets, plan_pictures
+from sdxl_training.data.cache import LatentCache, cache_items, fill
+from sdxl_training.data.sampler import BatchSchedule
+from sdxl_training.data.scan import CaptionFiles, Quarantined, Source, scan
+from sdxl_training.parallel.group import Group
+from sdxl_training.tracking.progress import Progress
+
+ENCODE_BATCH = 8
+
+
+@dataclass(frozen=True)
+class FoundPictures:
+    """What the source folders hold, planned into buckets."""
+
+    plan: PicturePlan
+    quarantined: tuple[Quarantined, ...]
+
+
+def find_pictures(config: Config, progress: Progress) -> FoundPictures:
+    """Scan the sources and plan every picture; nothing is decoded."""
+    data = config.data
+    captions = CaptionFiles(data.captions.extension, data.captions.separator, data.captions.missing)
+    sources = [Source(source.path, source.repeats) for source in data.sources]
+    folder = Path(cache_folder(config))
+    found = scan(sources, captions, folder / "index.parquet", progress)
+    sizes = data.buckets
+    buckets = make_buckets(data.resolution, sizes.step_px, sizes.min_side_px, sizes.max_side_px)
+    return FoundPictures(plan_pictures(found.records, buckets, sizes.small_pictures), found.quarantined)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Pictures that are encoded and in order: what the loader reads and what decides which sample comes when."""
+
+    plan: PicturePlan
+    quarantined: tuple[Quarantined, ...]
+    cache: LatentCache
+    keys: tuple[str, ...]
+    schedule: BatchSchedule
+
+    def fingerprint(self) -> str:
+        """Return a digest of everything that decides which sample comes when, and what it holds."""
+        digest = hashlib.blake2b(digest_size=16)
+        digest.update(str(self.schedule.global_batch).encode())
+        for record, key in zip(self.plan.records, self.keys, strict=True):
+            digest.update(json.dumps([record.sample_id, key, record.tags, record.repeats]).encode())
+        return digest.hexdigest()
+
+
+def prepare_dataset(
+    config: Config,
+    group: Group,
+    progress: Progress,
+    encode: Callable[[Tensor], tuple[Tensor, Tensor]],
+    vae_fingerprint: str,
+    one_batch: bool = False,
+) -> Dataset:
+    """Find, plan and encode the pictures; every rank encodes its share of what the cache lacks.
+
+    With `one_batch` only as many pictures of the largest bucket as an update has are prepared. Unreadable pictures are
+    left out and named.
+    """
+    found = find_pictures(config, progress)
+    training = config.training
+    global_batch = training.batch_size * training.accumulation * group.world_size
+    plan = found.plan
+    if one_batch:
+        plan = plan.subset(plan.by_bucket[plan.largest_bucket][:global_batch])
+    cache = LatentCache(Path(cache_folder(config)), config.data.cache.posterior)
+    items = cache_items(plan.records, plan.plans, vae_fingerprint)
+    share = items[group.rank :: group.world_size]
+    report = fill(cache, share, encode, progress, batch_size=ENCODE_BATCH, writer=f"rank{group.rank}")
+    progress.message(report.describe())
+    group.wait()
+    cache.refresh()
+    usable = [number for number, item in enumerate(items) if item.key in cache]
+    plan = plan.subset(usable)
+    repeats = [record.repeats for record in plan.records]
+    schedule = BatchSchedule(plan.by_bucket, repeats, config.global_config.seed, global_batch)
+    bad = tuple({entry.path: entry for entry in (*found.quarantined, *group.gather(report.quarantined))}.values())
+    return Dataset(plan, bad, cache, tuple(items[number].key for number in usable), schedule)

@@ -1,0 +1,151 @@
+"""Everything that draws from or exports a finished or running run's folder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from functools import partial
+from pathlib import Path
+
+import numpy
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from sdxl_training.assemble.folder import RunFolder
+from sdxl_training.assemble.parts import build_objective
+from sdxl_training.config.load import load_config
+from sdxl_training.config.schema import Config
+from sdxl_training.memory.precision import autocast
+from sdxl_training.model.export import export_diffusers, export_single_file, modelspec
+from sdxl_training.model.latents import decode_latents
+from sdxl_training.model.load import load_sdxl
+from sdxl_training.model.sdxl import SDXL, with_unet_weights
+from sdxl_training.model.text import caption_tokenizer, encode_text
+from sdxl_training.objectives.interchange import describe, facts, marker_keys, prediction_type, scheduler_config
+from sdxl_training.objectives.objective import Objective
+from sdxl_training.records import UserError
+from sdxl_training.training.checkpoint import (
+    checkpoint_name,
+    checkpoint_step,
+    list_checkpoints,
+    load_checkpoint,
+    newest_checkpoint,
+)
+from sdxl_training.training.preview import Painter, Picture, make_grid
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A run's model as of one checkpoint."""
+
+    config: Config
+    sdxl: SDXL
+    step: int
+    averaged: bool
+
+
+def build_painter(
+    sdxl: SDXL, model: nn.Module, objective: Objective, precision: AbstractContextManager[object], device: torch.device
+) -> Painter:
+    """Return a painter that draws with `model`, the U-Net of `sdxl` or what wraps it."""
+    tokenize = caption_tokenizer(sdxl)
+
+    def encode_prompts(prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        return encode_text(sdxl, *tokenize(prompts))
+
+    return Painter(model, objective, encode_prompts, partial(decode_latents, sdxl.vae), precision, device)
+
+
+def load_trained(run_dir: Path, step: int | None = None, use_ema: bool = True, device: str = "auto") -> TrainedModel:
+    """Load the model of a run: its newest checkpoint that verifies, or that of `step`; averaged weights if it has them.
+
+    Raises UserError where the run, the checkpoint or the averaged weights do not exist.
+    """
+    folder = RunFolder(run_dir)
+    if not folder.resolved.is_file():
+        raise UserError(
+            f"{run_dir}: is no run's folder, it has no {folder.resolved.name}. Give <output_dir>/<run_name>."
+        )
+    config = load_config(folder.resolved).config
+    chosen = torch.device("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else torch.device(device)
+    checkpoint = load_checkpoint(_find_checkpoint(folder.checkpoints, step), chosen)
+    averaged = use_ema and "average" in checkpoint.parts
+    sdxl = load_sdxl(config.model.source, config.global_config.seed, chosen)
+    weights = checkpoint.parts["average" if averaged else "unet"]
+    return TrainedModel(config, with_unet_weights(sdxl, weights), checkpoint.state.step, averaged)
+
+
+def _find_checkpoint(folder: Path, step: int | None) -> Path:
+    if step is not None:
+        path = folder / checkpoint_name(step)
+        if path.is_dir():
+            return path
+        there = ", ".join(str(checkpoint_step(path)) for path in list_checkpoints(folder)) or "none"
+        raise UserError(f"{path}: there is no such checkpoint. Steps with a checkpoint: {there}.")
+    newest, rejected = newest_checkpoint(folder)
+    if newest is None:
+        damaged = "".join(f"\n  {sentence}" for sentence in rejected)
+        raise UserError(f"{folder}: there is no checkpoint to draw from.{damaged} Train the run first.")
+    return newest
+
+
+def draw_prompts(
+    run_dir: Path,
+    prompts: Sequence[str],
+    steps: int,
+    guidance: float,
+    seed: int,
+    checkpoint: int | None = None,
+    use_ema: bool = True,
+    device: str = "auto",
+) -> list[Picture]:
+    """Draw one square picture a prompt, at the run's resolution, with the run's own objective. In fp32."""
+    trained = load_trained(run_dir, checkpoint, use_ema, device)
+    chosen = trained.sdxl.vae.device
+    objective = build_objective(trained.config)
+    painter = build_painter(trained.sdxl, trained.sdxl.unet, objective, autocast("fp32", chosen), chosen)
+    side = trained.config.data.resolution
+    return painter.paint(prompts, (side, side), steps, guidance, seed)
+
+
+def sample(
+    run_dir: Path,
+    prompts: Sequence[str],
+    steps: int,
+    guidance: float,
+    seed: int,
+    out: Path,
+    checkpoint: int | None,
+    use_ema: bool,
+) -> None:
+    """Draw prompts to a PNG: one picture as it is, several as a grid with their prompts below."""
+    pictures = draw_prompts(run_dir, prompts, steps, guidance, seed, checkpoint, use_ema)
+    sheet = Image.fromarray(pictures[0]) if len(pictures) == 1 else make_grid(pictures, prompts)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        sheet.save(out, format="PNG")
+    except OSError as error:
+        raise UserError(
+            f"{out}: the picture cannot be written ({error.strerror or error}). Choose another --out."
+        ) from error
+    if all(numpy.all(picture == 0) for picture in pictures):
+        print("every picture is black: the model's latents are far outside the VAE's range")
+    print(f"{out}: {len(pictures)} picture{'' if len(pictures) == 1 else 's'} from step {run_dir.name}")
+
+
+def export(run_dir: Path, checkpoint: int | None, use_ema: bool, format: str, to: Path) -> None:  # noqa: A002
+    """Write a run's model for other programs: a diffusers folder or one file in SDXL's original layout."""
+    trained = load_trained(run_dir, checkpoint, use_ema, device="cpu")
+    objective, config = build_objective(trained.config), trained.config
+    if format == "diffusers":
+        export_diffusers(trained.sdxl, scheduler_config(objective), describe(objective), to)
+    else:
+        title = f"{config.global_config.run_name}, step {trained.step}"
+        size_hw = (config.data.resolution, config.data.resolution)
+        standard = modelspec(title, prediction_type(objective), size_hw, datetime.now(timezone.utc))
+        export_single_file(trained.sdxl, marker_keys(objective), standard | facts(objective), to)
+    weights = "averaged weights" if trained.averaged else "weights"
+    print(f"{to}: {weights} of step {trained.step}. {describe(objective)}")

@@ -1,0 +1,85 @@
+"""A run's folder: <output_dir>/<run_name>."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from sdxl_training.config.load import LoadedConfig, load_config, write_resolved
+from sdxl_training.config.schema import Config
+from sdxl_training.data.scan import Quarantined
+from sdxl_training.records import UserError
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Where a run's files lie."""
+
+    path: Path
+
+    @property
+    def resolved(self) -> Path:
+        """The configuration with every value and its origin."""
+        return self.path / "config.resolved.yaml"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints."""
+        return self.path / "checkpoints"
+
+    def sample(self, step: int) -> Path:
+        """Return the path of a step's preview grid."""
+        return self.path / "samples" / f"step-{step:06d}.png"
+
+    def make(self) -> None:
+        """Create the folder; raises UserError where that cannot be done or nothing can be written in it."""
+        probe = self.path / f".writable-{os.getpid()}"
+        try:
+            (self.path / "samples").mkdir(parents=True, exist_ok=True)
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise UserError(
+                f"global_config.output_dir: the run's folder {self.path} cannot be written ({error.strerror}). "
+                "Choose another output_dir, or mend its permissions."
+            ) from error
+
+    def write_config(self, loaded: LoadedConfig) -> list[str]:
+        """Write the resolved configuration; return what differs from the one the run had before, one line a setting."""
+        before = _settings(load_config(self.resolved).config) if self.resolved.exists() else {}
+        temporary = self.resolved.with_suffix(".tmp")
+        write_resolved(loaded, temporary)
+        temporary.replace(self.resolved)
+        now = _settings(loaded.config)
+        names = sorted(before.keys() | now.keys()) if before else []
+        return [
+            f"{name}: {before.get(name, 'absent')} -> {now.get(name, 'absent')}"
+            for name in names
+            if before.get(name, "absent") != now.get(name, "absent")
+        ]
+
+    def write_quarantine(self, quarantined: Sequence[Quarantined]) -> Path:
+        """Write quarantine.jsonl: one object with path and reason a line."""
+        path = self.path / "quarantine.jsonl"
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(asdict(entry)) + "\n" for entry in quarantined), encoding="utf-8")
+        return temporary.replace(path)
+
+
+def run_folder(config: Config) -> RunFolder:
+    """Return the folder that a configuration names."""
+    return RunFolder(Path(config.global_config.output_dir) / config.global_config.run_name)
+
+
+def _settings(config: Config) -> dict[str, object]:
+    """Return every setting by its dotted name."""
+
+    def flat(value: object, name: str) -> dict[str, object]:
+        if isinstance(value, dict):
+            return {key: leaf for part, inner in value.items() for key, leaf in flat(inner, f"{name}.{part}").items()}
+        return {name.removeprefix("."): value}
+
+    return flat(config.model_dump(), "")

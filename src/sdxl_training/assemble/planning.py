@@ -1,0 +1,47 @@
+"""What a run would do, before it does anything; and the demo's pictures."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from rich.console import Console
+
+from sdxl_training.assemble.dataset import find_pictures
+from sdxl_training.config.load import LoadedConfig
+from sdxl_training.config.schema import cache_folder
+from sdxl_training.data.cache import projected_bytes
+from sdxl_training.data.demo_set import write_demo_set
+from sdxl_training.data.sampler import BatchSchedule
+from sdxl_training.tracking.progress import ConsoleProgress
+
+
+def plan(loaded: LoadedConfig) -> None:
+    """Print images, buckets, crops, steps and cache size; reads headers and captions only."""
+    config, console = loaded.config, Console()
+    found = find_pictures(config, ConsoleProgress(console))
+    training, pictures = config.training, found.plan
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    global_batch = training.batch_size * training.accumulation * processes
+    repeats = [record.repeats for record in pictures.records]
+    schedule = BatchSchedule(pictures.by_bucket, repeats, config.global_config.seed, global_batch)
+    cache_gib = projected_bytes(pictures.plans, config.data.cache.posterior) / 2**30
+    lines = [
+        pictures.describe(),
+        f"unreadable: {len(found.quarantined)}",
+        *(f"  {entry.path}: {entry.reason}" for entry in found.quarantined),
+        f"batch_size {training.batch_size} x accumulation {training.accumulation} x processes {processes} "
+        f"= {global_batch} images a step, all of one bucket",
+        f"{schedule.images_per_epoch} images an epoch / {global_batch} = "
+        f"{schedule.images_per_epoch / global_batch:.1f} steps an epoch; what does not fill a batch is carried over",
+        f"{training.max_steps} steps = {schedule.epoch_of(training.max_steps):.2f} epochs",
+        f"latent cache in {cache_folder(config)}: {cache_gib:.3f} GiB when full",
+    ]
+    console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
+
+
+def write_demo_data(to: Path, seed: int, pictures: int) -> None:
+    """Write the demo's picture set and say what was written."""
+    summary = write_demo_set(to, seed, pictures)
+    done = "already there" if summary.already_there else "written"
+    print(f"{summary.folder}: {summary.pictures} pictures with captions and {summary.broken} broken files, {done}")

@@ -1,0 +1,114 @@
+"""Where a run begins, and the way of its state to a checkpoint and back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from sdxl_training.assemble.folder import RunFolder
+from sdxl_training.config.schema import Config
+from sdxl_training.model.sdxl import SDXL
+from sdxl_training.records import UserError
+from sdxl_training.tracking.progress import Progress
+from sdxl_training.training.checkpoint import (
+    Checkpoint,
+    RunState,
+    checkpoint_step,
+    list_checkpoints,
+    load_checkpoint,
+    newest_checkpoint,
+    optimizer_tensors,
+    restore_optimizer,
+)
+from sdxl_training.training.step import Run
+
+
+def find_start(folder: RunFolder, resume: str, device: torch.device, progress: Progress) -> Checkpoint | None:
+    """Return the checkpoint to go on from, None for a new run.
+
+    resume: auto, never, or a checkpoint's path. Raises UserError where going on would lose later checkpoints, or a new
+    run would be mixed with an old one.
+    """
+    there = list_checkpoints(folder.checkpoints)
+    if resume == "never":
+        if there:
+            raise UserError(
+                f"--resume never: {folder.path} already holds a run with {len(there)} checkpoints. Choose another "
+                "global_config.run_name, or move that folder away."
+            )
+        return None
+    chosen = Path(resume)
+    if resume == "auto":
+        newest, rejected = newest_checkpoint(folder.checkpoints)
+        for sentence in rejected:
+            progress.message(sentence)
+        if newest is None and rejected:
+            raise UserError(
+                f"{folder.checkpoints}: none of its {len(there)} checkpoints is usable. Move the folder {folder.path} "
+                "away to start anew, or give another checkpoint with --resume PATH."
+            )
+        if newest is None:
+            return None
+        chosen = newest
+    checkpoint = load_checkpoint(chosen, device)
+    later = [path.name for path in there if resume != "auto" and checkpoint_step(path) > checkpoint.state.step]
+    if later:
+        raise UserError(
+            f"--resume {resume}: this run has later checkpoints ({', '.join(later)}), which going on from here would "
+            "replace. Move them away, or choose another global_config.run_name."
+        )
+    progress.message(f"resuming from {chosen}: {checkpoint.state.step} updates are done")
+    return checkpoint
+
+
+def load_weights(sdxl: SDXL, checkpoint: Checkpoint) -> None:
+    """Copy a checkpoint's U-Net into `sdxl`; raises UserError where it is another model's."""
+    try:
+        sdxl.unet.load_state_dict(checkpoint.parts["unet"])
+    except (RuntimeError, KeyError) as error:
+        raise UserError(
+            f"the checkpoint's U-Net does not fit model.source = {sdxl.source} ({str(error).splitlines()[0]}). "
+            "Resume with the model.source the run began with."
+        ) from error
+
+
+def check_fits(checkpoint: Checkpoint, config: Config, plan: str) -> None:
+    """Raise UserError unless `checkpoint` continues with the same sequence of samples and the same optimizer."""
+    if checkpoint.state.plan != plan:
+        raise UserError(
+            "the data or the number of images a step changed since the checkpoint (pictures, captions, repeats, "
+            "resolution, buckets, seed, or batch_size x accumulation x processes), so the run cannot go on where it "
+            "was. Undo the change; or export the run's model and begin a new run from it under another "
+            "global_config.run_name."
+        )
+    if checkpoint.state.optimizer != config.training.optimizer.type:
+        raise UserError(
+            f"training.optimizer.type = {config.training.optimizer.type}: the checkpoint holds the state of "
+            f"{checkpoint.state.optimizer}. Use that, or begin a new run under another global_config.run_name."
+        )
+
+
+def restore(run: Run, checkpoint: Checkpoint, progress: Progress) -> None:
+    """Put back what the update remembers: optimizer, averaged weights, loss scale."""
+    update, parts = run.update, checkpoint.parts
+    restore_optimizer(update.optimizer, update.parameters, parts.get("optimizer", {}))
+    if update.average.state():
+        if "average" in parts:
+            update.average.load(parts["average"])
+        else:
+            progress.message("training.ema: the checkpoint has no averaged weights; the average begins here")
+    if update.loss_scale.state() and "loss_scale" in parts:
+        update.loss_scale.load(dict(parts["loss_scale"]))
+
+
+def snapshot(run: Run, sdxl: SDXL, config: Config, step: int, plan: str) -> Checkpoint:
+    """Return everything that has to be saved after `step` updates."""
+    update = run.update
+    parts = {
+        "unet": sdxl.unet.state_dict(),
+        "optimizer": optimizer_tensors(update.optimizer, update.parameters),
+        "average": update.average.state(),
+        "loss_scale": update.loss_scale.state(),
+    }
+    return Checkpoint(RunState(step, plan, config.training.optimizer.type), parts)
