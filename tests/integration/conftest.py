@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.tiny_sdxl import tiny_pipeline
 
 from sdxl_training.data.demo_set import write_demo_set
+from tests.tiny_sdxl import tiny_pipeline
 
 ROOT = Path(__file__).resolve().parents[2]
 
