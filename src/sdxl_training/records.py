@@ -123,8 +123,8 @@ class Batch:
 class StepStats:
     """What one optimizer update leaves behind; tensors stay on the device until somebody logs them.
 
-    loss: weighted mean over the global batch. grad_norm: global norm before clipping. skipped: 1 where a non-finite
-    loss or gradient made the update void.
+    loss: this rank's share of the weighted mean over the global batch; shares add up. grad_norm: global norm before
+    clipping. skipped: 1 where a non-finite loss or gradient made the update void.
     """
 
     loss: Tensor

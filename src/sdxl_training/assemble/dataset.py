@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,9 +16,11 @@ from sdxl_training.data.cache import LatentCache, cache_items, fill
 from sdxl_training.data.sampler import BatchSchedule
 from sdxl_training.data.scan import CaptionFiles, Quarantined, Source, scan
 from sdxl_training.parallel.group import Group
+from sdxl_training.records import UserError
 from sdxl_training.tracking.progress import Progress
 
 ENCODE_BATCH = 8
+NAMED = 10
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,26 @@ def find_pictures(config: Config, progress: Progress) -> FoundPictures:
     found = scan(sources, captions, folder / "index.parquet", progress)
     sizes = data.buckets
     buckets = make_buckets(data.resolution, sizes.step_px, sizes.min_side_px, sizes.max_side_px)
-    return FoundPictures(plan_pictures(found.records, buckets, sizes.small_pictures), found.quarantined)
+    plan = plan_pictures(found.records, buckets, sizes.small_pictures)
+    if found.left_out:
+        progress.message(
+            f"{len(found.left_out)} pictures without a caption are left out (data.captions.missing = leave_out); "
+            f"the first: {found.left_out[0]}"
+        )
+    if plan.left_out:
+        progress.message(
+            f"{len(plan.left_out)} pictures smaller than their bucket are left out (data.buckets.small_pictures = "
+            f"leave_out); the first: {plan.left_out[0].record.path}: {plan.left_out[0].reason}"
+        )
+    _name(found.quarantined, progress)
+    return FoundPictures(plan, found.quarantined)
+
+
+def _name(quarantined: Sequence[Quarantined], progress: Progress) -> None:
+    for entry in quarantined[:NAMED]:
+        progress.message(f"quarantined: {entry.path}: {entry.reason}")
+    if len(quarantined) > NAMED:
+        progress.message(f"and {len(quarantined) - NAMED} more: see quarantine.jsonl in the run's folder")
 
 
 @dataclass(frozen=True)
@@ -54,7 +75,7 @@ class Dataset:
     def fingerprint(self) -> str:
         """Return a digest of everything that decides which sample comes when, and what it holds."""
         digest = hashlib.blake2b(digest_size=16)
-        digest.update(str(self.schedule.global_batch).encode())
+        digest.update(json.dumps([self.schedule.seed, self.schedule.global_batch]).encode())
         for record, key in zip(self.plan.records, self.keys, strict=True):
             digest.update(json.dumps([record.sample_id, key, record.tags, record.repeats]).encode())
         return digest.hexdigest()
@@ -84,11 +105,17 @@ def prepare_dataset(
     share = items[group.rank :: group.world_size]
     report = fill(cache, share, encode, progress, batch_size=ENCODE_BATCH, writer=f"rank{group.rank}")
     progress.message(report.describe())
+    _name(report.quarantined, progress)
     group.wait()
     cache.refresh()
     usable = [number for number, item in enumerate(items) if item.key in cache]
+    bad = tuple({entry.path: entry for entry in (*found.quarantined, *group.gather(report.quarantined))}.values())
+    if not usable:
+        raise UserError(
+            f"data.sources: none of the {len(items)} pictures could be encoded; the first: {bad[0].path}: "
+            f"{bad[0].reason}. Replace the pictures, or give other folders."
+        )
     plan = plan.subset(usable)
     repeats = [record.repeats for record in plan.records]
     schedule = BatchSchedule(plan.by_bucket, repeats, config.global_config.seed, global_batch)
-    bad = tuple({entry.path: entry for entry in (*found.quarantined, *group.gather(report.quarantined))}.values())
     return Dataset(plan, bad, cache, tuple(items[number].key for number in usable), schedule)

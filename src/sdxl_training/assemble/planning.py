@@ -29,7 +29,6 @@ def plan(loaded: LoadedConfig) -> None:
     lines = [
         pictures.describe(),
         f"unreadable: {len(found.quarantined)}",
-        *(f"  {entry.path}: {entry.reason}" for entry in found.quarantined),
         f"batch_size {training.batch_size} x accumulation {training.accumulation} x processes {processes} "
         f"= {global_batch} images a step, all of one bucket",
         f"{schedule.images_per_epoch} images an epoch / {global_batch} = "

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from sdxl_training.config.schema import (
     Config,
+    Epsilon,
     FlowMatching,
     LogitNormalDensity,
     MinSnrLossWeight,
@@ -79,6 +80,20 @@ def minimum_takes_effect(config: Config) -> Iterator[Finding]:
         yield Finding("training.loss_weight.minimum", text, ("training.loss_weight.terminal",))
 
 
+def terminal_policy_means_something(config: Config) -> Iterator[Finding]:
+    """Each policy for SNR 0 needs an objective that has what it changes."""
+    objective, weight = config.training.objective, config.training.loss_weight
+    if not isinstance(weight, MinSnrLossWeight):
+        return
+    place, needed = "training.loss_weight.terminal", ("training.objective.type",)
+    if weight.terminal == "plus_one" and isinstance(objective, Epsilon):
+        yield Finding(place, "is not defined for epsilon, whose levels all have signal left; use official", needed)
+    trains_exactly_zero = isinstance(objective, VPrediction) and objective.zero_terminal_snr
+    if weight.terminal == "official_patched" and not trains_exactly_zero:
+        text = "has no effect: it changes SNR exactly 0, which only v_prediction with zero_terminal_snr trains"
+        yield Finding(place, f"{text}; use official or plus_one", needed)
+
+
 def previews_have_prompts(config: Config) -> Iterator[Finding]:
     """A grid of no pictures cannot be drawn."""
     previews = config.global_config.previews
@@ -93,6 +108,7 @@ CHECKS: tuple[Callable[[Config], Iterator[Finding]], ...] = (
     warmup_fits_the_run,
     density_fits_the_objective,
     minimum_takes_effect,
+    terminal_policy_means_something,
     previews_have_prompts,
 )
 

@@ -22,7 +22,7 @@ class Head(Protocol):
         """Return the (x0, eps) that the output means for input x."""
         ...
 
-    def weight(self, scaled_weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    def native_weight(self, b2_weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
         """Turn b^2 W, with W a weight on |error of x0|^2, into the weight on this head's squared error."""
         ...
 
@@ -38,9 +38,9 @@ class EpsilonHead:
         """Return x0 = (x - b eps) / a and eps."""
         return (x - b * output) / a, output
 
-    def weight(self, scaled_weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    def native_weight(self, b2_weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
         """Return W / SNR: an error d of eps is an error -d b/a of x0."""
-        return scaled_weight / a.square()
+        return b2_weight / a.square()
 
 
 class VelocityHead:
@@ -54,9 +54,9 @@ class VelocityHead:
         """Return x0 = a x - b v and eps = b x + a v: a rotation, regular at every level."""
         return a * x - b * output, b * x + a * output
 
-    def weight(self, scaled_weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    def native_weight(self, b2_weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
         """Return W / (SNR + 1) = b^2 W, since a^2 + b^2 = 1."""
-        return scaled_weight
+        return b2_weight
 
 
 class FlowHead:
@@ -70,6 +70,6 @@ class FlowHead:
         """Return x0 = x - t u and eps = x + (1 - t) u."""
         return x - b * output, x + a * output
 
-    def weight(self, scaled_weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    def native_weight(self, b2_weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
         """Return t^2 W: an error d of u is an error -t d of x0."""
-        return scaled_weight
+        return b2_weight

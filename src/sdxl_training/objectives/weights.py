@@ -58,7 +58,7 @@ class MinSNR:
             raise ValueError("Min-SNR's terminal policy plus_one is not defined for epsilon prediction; use official")
         a2_B, b2_B = a_B.double().square(), b_B.double().square()
         signal_B = a2_B + b2_B if self.terminal == "plus_one" else a2_B
-        weight_B = head.weight(torch.minimum(signal_B, self.gamma * b2_B), a_B.double(), b_B.double())
+        weight_B = head.native_weight(torch.minimum(signal_B, self.gamma * b2_B), a_B.double(), b_B.double())
         if self.terminal == "official_patched":
             weight_B = torch.where(a2_B == 0, 1.0, weight_B)
         if self.terminal == "floor":

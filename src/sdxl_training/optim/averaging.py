@@ -52,7 +52,7 @@ class NoAverage:
 class ExponentialAverage:
     """average <- d average + (1 - d) weights with d = min(decay, (1 + s) / (10 + s)) at update s.
 
-    The ramp keeps the random first weights from staying in the average (as diffusers' EMAModel does). fp32.
+    The ramp, that of diffusers' EMAModel, keeps the first weights from staying in the average. fp32.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor], decay: float) -> None:

@@ -28,10 +28,11 @@ def make_adamw(
 def make_sgd(
     parameters: Iterable[Tensor], learning_rate: float, momentum: float, weight_decay: float
 ) -> torch.optim.Optimizer:
-    """Stochastic gradient descent, fused for the same reason."""
+    """Stochastic gradient descent: for comparing runs number by number."""
     return torch.optim.SGD(parameters, lr=learning_rate, momentum=momentum, weight_decay=weight_decay, fused=True)
 
 
+# Each must honour `found_inf`, by which a void update is skipped on the device: torch's fused optimizers do.
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"adamw": make_adamw, "sgd": make_sgd}
 
 

@@ -99,6 +99,7 @@ def _write_files(folder: Path, checkpoint: Checkpoint) -> None:
         if tensors:
             contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
             save_file(contiguous, folder / f"{part}.safetensors")
+            (folder / f"{part}.safetensors").chmod(0o644)  # safetensors writes 0600, whatever the umask
     (folder / STATE).write_text(json.dumps(asdict(checkpoint.state), indent=2))
     files = {path.name: {"bytes": path.stat().st_size, "blake2b": _digest(path)} for path in sorted(folder.iterdir())}
     for path in folder.iterdir():

@@ -14,12 +14,14 @@ class StopRequest:
     def __init__(self) -> None:
         self.signal_name: str | None = None
 
-    def __bool__(self) -> bool:
+    @property
+    def requested(self) -> bool:
+        """Whether a signal has asked for the end."""
         return self.signal_name is not None
 
     def note(self, number: int, frame: FrameType | None) -> None:
         """Remember the signal; a repeated SIGINT raises KeyboardInterrupt."""
-        if self and number == signal.SIGINT:
+        if self.signal_name == "SIGINT" and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal_name = signal.Signals(number).name
 

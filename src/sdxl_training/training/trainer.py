@@ -58,7 +58,7 @@ def train(
     Actions run in their order after each update: put saving before drawing.
     """
     steps_done = first_step
-    while steps_done < last_step and not run.group.any(bool(stop)):
+    while steps_done < last_step and not run.group.any(stop.requested):
         stats = train_step(run, steps_done, next(batches))
         steps_done += 1
         for action in actions:
