@@ -30,6 +30,7 @@ PACKAGES = (
     "safetensors",
     "pydantic",
     "numpy",
+    "opencv-python-headless",
     "pillow",
     "pyarrow",
     "tensorboard",

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers.utils.logging import disable_progress_bar
 
 from sdxl_training.model.architecture import architecture_problems, tokenizer_problems
 from sdxl_training.model.sdxl import SDXL
@@ -53,6 +54,7 @@ def load_sdxl(source: str, seed: int, device: torch.device | str) -> SDXL:
     drawn from it, since the miniature ships without trained weights. Torch's global generator is left as it was.
     Raises UserError where the source is missing, incomplete, damaged or no SDXL model.
     """
+    disable_progress_bar()  # theirs would break into ours
     if source == MINIATURE:
         return _finish(_read_miniature(seed), device)
     folder = _find_folder(source)
