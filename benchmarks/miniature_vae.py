@@ -88,7 +88,7 @@ def training_batches(steps: int, batch_size: int) -> Iterator[Tensor]:
 class Muon(torch.optim.Optimizer):
     """Momentum whose update is made orthogonal, for convolutions and matrices (K. Jordan et al., "Muon", 2024).
 
-    It reaches in 200 steps what AdamW does not in 1,000 here: pictures of flat colour give badly scaled gradients.
+    AdamW stayed below 16 dB in the 400 steps it was given here: pictures of flat colour give badly scaled gradients.
     """
 
     def __init__(self, parameters: list[Tensor], lr: float, momentum: float = 0.95, weight_decay: float = 0.1) -> None:

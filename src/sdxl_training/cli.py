@@ -177,6 +177,10 @@ def _refuse_missing_checkpoint(resume: str) -> None:
 
 def _assemble() -> Any:
     """Import torch and everything on it: only now, when nothing can be wrong with the configuration any more."""
+    # torch's threads wait for each other by spinning. Where another process needs a core, spinning without end makes a
+    # step a hundred times slower; waiting asleep doubles it on an idle machine. About 0.1 ms of spinning is near the
+    # best of both: benchmarks/cpu_threads.py.
+    os.environ.setdefault("GOMP_SPINCOUNT", "30000")
     return importlib.import_module("sdxl_training.assemble")
 
 
