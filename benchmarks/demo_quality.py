@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from sdxl_training.assemble import draw_prompts
 from sdxl_training.data.demo_set import COMBINATIONS, PALETTE
 
 Pixels = NDArray[np.uint8]
@@ -103,8 +104,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write the pictures as one grid, 12 a row")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a sentence")
     arguments = parser.parse_args()
-
-    from sdxl_training.assemble import draw_prompts
 
     texts, wanted = zip(*prompts(), strict=True)
     settings = {"steps": arguments.steps, "guidance": arguments.guidance, "seed": arguments.seed}

@@ -117,9 +117,13 @@ data:
 """
 
 
+def make_trainer(folder: Path, pictures: Path, tiny_model: Path) -> Trainer:
+    """A trainer with its own output folder: 24 steps over 36 pictures twice, workers, accumulation, averages."""
+    config = folder / "config.yaml"
+    config.write_text(CONFIG.format(model=tiny_model, pictures=pictures))
+    return Trainer(config, folder / "runs")
+
+
 @pytest.fixture
 def trainer(tmp_path: Path, pictures: Path, tiny_model: Path) -> Trainer:
-    """A trainer with its own output folder: 24 steps over 36 pictures twice, workers, accumulation, averages."""
-    config = tmp_path / "config.yaml"
-    config.write_text(CONFIG.format(model=tiny_model, pictures=pictures))
-    return Trainer(config, tmp_path / "runs")
+    return make_trainer(tmp_path, pictures, tiny_model)

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import signal
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.integration.conftest import Trainer
+from tests.integration.conftest import Trainer, make_trainer
 
 LAST = 24
 TIMELESS = ("step", "images", "epoch", "loss", "lr", "grad_norm")
 
 
-@pytest.fixture
-def uninterrupted(trainer: Trainer, tmp_path: Path) -> Trainer:
-    other = replace(trainer, output=tmp_path / "uninterrupted")
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory, pictures: Path, tiny_model: Path) -> Trainer:
+    other = make_trainer(tmp_path_factory.mktemp("uninterrupted"), pictures, tiny_model)
     other.run()
     return other
 

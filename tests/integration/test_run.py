@@ -102,3 +102,15 @@ def test_an_unreadable_checkpoint_is_named(trainer: Trainer) -> None:
         said = trainer.run("--resume", resume, status=2 if resume != "auto" else 0)
         assert "unet.safetensors" in said
         assert "Traceback" not in said
+
+
+def test_every_precision_trains(trainer: Trainer, tmp_path: Path) -> None:
+    losses = {}
+    for precision in ("fp32", "bf16", "fp16"):
+        trainer.output = tmp_path / precision
+        trainer.run("--set", "training.max_steps=3", "--set", f"training.precision={precision}")
+        losses[precision] = [row["loss"] for row in trainer.metrics()]
+        assert not any("skipped" in row for row in trainer.metrics())
+    assert numpy.allclose(losses["bf16"], losses["fp32"], rtol=0.05)
+    assert numpy.allclose(losses["fp16"], losses["fp32"], rtol=0.01)
+    assert losses["fp16"] != losses["bf16"] != losses["fp32"]
