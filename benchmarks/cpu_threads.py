@@ -2,9 +2,10 @@
 
     python benchmarks/cpu_threads.py        # about three minutes; leave the machine alone meanwhile
 
-Times an update of the miniature's U-Net (batch 32, forward, backward, AdamW) on two threads, on an otherwise idle machine
-and beside one busy process, for several values of GOMP_SPINCOUNT (how often a waiting thread looks before it sleeps).
-Prints seconds an update; the plainest alternatives are one thread, and two threads with the library's own default.
+Times an update of the miniature's U-Net (batch 32, forward, backward, AdamW) on two threads, on an otherwise idle
+machine and beside one busy process, for several values of GOMP_SPINCOUNT (how often a waiting thread looks before it
+sleeps).
+Prints seconds an update. The plainest alternatives are one thread, and two with the library's own default.
 """
 
 from __future__ import annotations

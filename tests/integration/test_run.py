@@ -104,6 +104,15 @@ def test_an_unreadable_checkpoint_is_named(trainer: Trainer) -> None:
         assert "Traceback" not in said
 
 
+def test_a_folder_belongs_to_one_run_at_a_time(trainer: Trainer) -> None:
+    process = trainer.start()
+    trainer.wait_for(process, trainer.run_dir / "samples")
+    said = trainer.run(status=2)
+    process.kill()
+    process.communicate()
+    assert "another process is training in this folder" in said
+
+
 def test_every_precision_trains(trainer: Trainer, tmp_path: Path) -> None:
     losses = {}
     for precision in ("fp32", "bf16", "fp16"):

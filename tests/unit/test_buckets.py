@@ -105,7 +105,7 @@ def test_an_exact_size_wins_over_a_larger_bucket_of_the_same_shape():
 
 
 def test_the_worked_example_of_sdxl():
-    plan = plan_crop((1500, 1000), SDXL)  # science.md 10.1: 1000 wide, 1500 high in 832x1216 cuts 16 rows at the top
+    plan = plan_crop((1500, 1000), SDXL)  # 1000 wide, 1500 high in 832x1216 cuts 16 rows at the top
     assert plan.bucket.size_hw == (1216, 832)
     assert plan.resized_hw == (1248, 832)
     assert plan.crop_tl == (16, 0)

@@ -48,7 +48,7 @@ def test_sum_of_weights(oracles: dict[str, Any], zero_terminal_snr: bool, key: s
 
 
 def test_clip_is_active_up_to_the_known_timesteps() -> None:
-    """science.md section 4: SNR passes 5 between 146 and 147, after the rescale between 138 and 139."""
+    """SNR passes 5 between 146 and 147, after the rescale between 138 and 139."""
     for zero_terminal_snr, last in ((False, 146), (True, 138)):
         weights_T = table_weights(MinSNR(5.0), EpsilonHead(), zero_terminal_snr)[:999]
         assert int((weights_T < 1 - 1e-6).sum()) == last + 1

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from torch import Tensor
@@ -72,6 +73,7 @@ class Dataset:
     keys: tuple[str, ...]
     schedule: BatchSchedule
 
+    @cached_property
     def fingerprint(self) -> str:
         """Return a digest of everything that decides which sample comes when, and what it holds."""
         digest = hashlib.blake2b(digest_size=16)

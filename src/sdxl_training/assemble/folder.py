@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -46,6 +48,19 @@ class RunFolder:
                 f"global_config.output_dir: the run's folder {self.path} cannot be written ({error.strerror}). "
                 "Choose another output_dir, or mend its permissions."
             ) from error
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep other processes from training in this folder; raises UserError where one does. Ends with the process."""
+        with (self.path / ".lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UserError(
+                    f"{self.path}: another process is training in this folder. Wait for it, stop it, or choose another "
+                    "global_config.run_name."
+                ) from error
+            yield
 
     def write_config(self, loaded: LoadedConfig) -> list[str]:
         """Write the resolved configuration; return what differs from the one the run had before, one line a setting."""

@@ -96,7 +96,7 @@ def open_session(
         samples_per_step=dataset.schedule.global_batch,
     )
     if checkpoint is not None:
-        check_fits(checkpoint, config, dataset.fingerprint())
+        check_fits(checkpoint, config, dataset.fingerprint)
         restore(run, checkpoint, progress)
     return Session(config, folder, group, progress, sdxl, dataset, _micro_batches(config, group, sdxl, dataset), run)
 

@@ -7,6 +7,7 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Literal
 
@@ -22,12 +23,13 @@ from sdxl_training.assemble.resume import find_start, snapshot
 from sdxl_training.assemble.session import Session, open_session
 from sdxl_training.config.load import LoadedConfig
 from sdxl_training.parallel.group import Group, process_group
+from sdxl_training.tracking.meters import Meter
 from sdxl_training.tracking.progress import ConsoleProgress, Progress, SilentProgress, Update, open_log
 from sdxl_training.tracking.report import ReportFacts, write_report
 from sdxl_training.tracking.tracker import Trackers, open_trackers
 from sdxl_training.training.checkpoint import prune_checkpoints, require_space, save_checkpoint
 from sdxl_training.training.log import StepLog
-from sdxl_training.training.preview import make_grid
+from sdxl_training.training.preview import UnusablePictureError, make_grid
 from sdxl_training.training.step import add_gradients
 from sdxl_training.training.stop import StopRequest, stop_on_signals
 from sdxl_training.training.trainer import Action, Every
@@ -41,12 +43,15 @@ def train(loaded: LoadedConfig, resume: str, dry_run: bool) -> None:
     that a user can mend.
     """
     config = loaded.config
-    with process_group(config.global_config.device) as group, stop_on_signals() as stop:
-        folder = run_folder(config)
-        if dry_run:
-            folder = RunFolder(folder.path.with_name(f"{folder.path.name}.dry-run"))
+    folder = run_folder(config)
+    if dry_run:
+        folder = RunFolder(folder.path.with_name(f"{folder.path.name}.dry-run"))
+    with ExitStack() as stack:
+        group = stack.enter_context(process_group(config.global_config.device))
+        stop = stack.enter_context(stop_on_signals())
         if group.is_main:
             folder.make()
+            stack.enter_context(folder.held())
         group.wait()
         progress = _open_progress(folder, group)
         checkpoint = None if dry_run else find_start(folder, resume, group.device, progress)
@@ -56,9 +61,9 @@ def train(loaded: LoadedConfig, resume: str, dry_run: bool) -> None:
                 f"{folder.path}: finished, {first_step} updates are done. Raise training.max_steps to go on."
             )
             return
+        session = open_session(config, folder, group, progress, checkpoint, dry_run)
         if group.is_main:
             _note_configuration(folder, loaded, first_step, progress)
-        session = open_session(config, folder, group, progress, checkpoint, dry_run)
         progress.message(_arithmetic(session, first_step))
         if first_step == 0:
             rehearse(session)
@@ -113,7 +118,7 @@ def save(session: Session, steps_done: int) -> None:
     if not session.group.is_main:
         return
     with session.meter.paused():
-        state = snapshot(session.run, session.sdxl, session.config, steps_done, session.dataset.fingerprint())
+        state = snapshot(session.run, session.sdxl, session.config, steps_done, session.dataset.fingerprint)
         save_checkpoint(session.folder.checkpoints, state)
         prune_checkpoints(session.folder.checkpoints, session.config.global_config.checkpoints.keep_last, steps_done)
 
@@ -129,8 +134,8 @@ def draw_preview(session: Session, steps_done: int, trackers: Trackers) -> None:
     with session.meter.paused(), run.update.average.swapped_in():
         try:
             pictures = painter.paint(previews.prompts, (side, side), previews.steps, previews.guidance, previews.seed)
-        except torch.OutOfMemoryError:
-            session.progress.message(f"step {steps_done}: no preview, the device ran out of memory while drawing")
+        except (torch.OutOfMemoryError, UnusablePictureError) as error:
+            session.progress.message(f"step {steps_done}: no preview: {str(error).splitlines()[0]}")
             return
     if any(not picture.any() for picture in pictures):
         session.progress.message(f"step {steps_done}: a preview is all black; look at {path}")
@@ -144,6 +149,7 @@ def _run_to_the_end(session: Session, first_step: int, stop: StopRequest) -> Non
     config, group = session.config, session.group
     tracking, checkpoints = config.global_config.tracking, config.global_config.checkpoints
     names = ["tensorboard"] if tracking.tensorboard else []
+    session.meter = Meter()  # what was rehearsed does not count
     trackers = open_trackers(names, session.folder.path, first_step) if group.is_main else Trackers()
     with session.progress.training(first_step, session.last_step, checkpoints.every_steps) as show:
         log = _step_log(session, trackers, show)

@@ -35,7 +35,7 @@ def join_tags(tags: Sequence[str], separator: str) -> str:
 
 
 def augment(tags: Sequence[str], rules: CaptionRules, generator: Generator) -> str | None:
-    """Return the caption of one visit, or None where it is dropped whole (zero text embeddings, science.md 10.1).
+    """Return the caption of one visit, or None where it is dropped whole (zero text embeddings).
 
     The generator is made from (seed, stream, visit, sample id), so the caption does not depend on who computes it. Each
     rule draws its numbers whether or not another one is on: switching one rule does not reshuffle the others.

@@ -209,8 +209,8 @@ def _checked(batch: RawBatch | _Failure) -> RawBatch:
 def to_batch(raw: RawBatch, encode_text: EncodeText, device: torch.device) -> Batch:
     """Copy a micro-batch to the device and encode its captions there.
 
-    Dropped captions get zero text and zero pooled text, SDXL's own null conditioning (science.md 10.1); their size
-    conditioning stays.
+    Dropped captions get zero text and zero pooled text, SDXL's own null conditioning (`force_zeros_for_empty_prompt` in
+    its diffusers pipeline); their size conditioning stays.
     """
     keep_B = raw.keep_B.to(device, non_blocking=True)
     text_BLD, pooled_BP = encode_text(

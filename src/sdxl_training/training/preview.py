@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from sdxl_training.model.sdxl import predict
 from sdxl_training.objectives.objective import Objective
 from sdxl_training.objectives.sampling import draw, guide
-from sdxl_training.records import Conditioning, SizeHW
+from sdxl_training.records import Conditioning, SizeHW, UserError
 from sdxl_training.rng import Stream, torch_generator
 
 Picture = NDArray[numpy.uint8]
@@ -26,6 +26,10 @@ Picture = NDArray[numpy.uint8]
 
 LATENT_CHANNELS = 4
 VAE_FACTOR = 8
+
+
+class UnusablePictureError(UserError):
+    """The model draws values that are no picture."""
 
 
 @dataclass
@@ -78,7 +82,10 @@ class Painter:
         latents_BCHW = draw(predict_guided, self.objective, noise_BCHW, steps)
         pixels_BCHW = self.decode(latents_BCHW).float().cpu()
         if not pixels_BCHW.isfinite().all():
-            raise FloatingPointError("a drawn picture holds values that are not finite")
+            raise UnusablePictureError(
+                "a drawn picture holds values that are not finite; the weights or the VAE have overflowed. Draw from "
+                "an earlier checkpoint."
+            )
         return [to_picture(pixels_CHW) for pixels_CHW in pixels_BCHW]
 
 
