@@ -23,6 +23,8 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+INTERRUPTED = 130
+
 ConfigFile = Annotated[Path, typer.Option("--config", help="Configuration file (YAML).")]
 Overrides = Annotated[
     list[str] | None,
@@ -197,5 +199,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except UserError as mistake:
         print(mistake, file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    except SystemExit as end:
+        if end.code == INTERRUPTED:  # typer turns a KeyboardInterrupt into this exit, without a word
+            print("interrupted; what was saved or cached before is kept", file=sys.stderr)
+        raise

@@ -49,7 +49,7 @@ class Trainer:
 
     def command(self, *arguments: str, processes: int = 1) -> list[str]:
         launch = (
-            ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port=0"] if processes > 1 else []
+            ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"] if processes > 1 else []
         )
         output = f"global_config.output_dir={self.output}"
         program = [str(ROOT / "src" / "main.py"), "--config", str(self.config), "--set", output]

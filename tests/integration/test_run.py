@@ -70,7 +70,9 @@ def test_sample_draws_from_the_finished_run(trainer: Trainer, tmp_path: Path) ->
     assert not numpy.array_equal(raw[0], pictures[0])
     out = tmp_path / "new" / "one.png"
     sample(trainer.run_dir, ["red circle"], 2, 3.0, 1, out, None, True)
-    assert numpy.array_equal(numpy.asarray(Image.open(out)), pictures[0])
+    # Drawn alone or with another: the same picture but for the rounding of differently batched products.
+    difference = numpy.asarray(Image.open(out)).astype(int) - pictures[0]
+    assert numpy.abs(difference).max() <= 2
 
 
 def test_mistakes_end_in_a_sentence_with_a_remedy(trainer: Trainer, tmp_path: Path, pictures: Path) -> None:
@@ -86,7 +88,7 @@ def test_mistakes_end_in_a_sentence_with_a_remedy(trainer: Trainer, tmp_path: Pa
         f"data.sources.0.path={captionless}": (picture.name, "data.captions.missing"),
         f"global_config.output_dir={tmp_path / 'file' / 'runs'}": ("output_dir", "cannot be written"),
         "model.source=no/such/folder/anywhere": ("model.source", "diffusers"),
-        "training.optimiser.learning_rate=1": ("training.optimizer.learning_rate", "did you mean"),
+        "training.optimiser.learning_rate=1": ("training.optimizer", "did you mean"),
     }
     for mistake, words in mistakes.items():
         said = trainer.run("--set", mistake, status=2)
@@ -105,8 +107,8 @@ def test_an_unreadable_checkpoint_is_named(trainer: Trainer) -> None:
 
 
 def test_a_folder_belongs_to_one_run_at_a_time(trainer: Trainer) -> None:
-    process = trainer.start()
-    trainer.wait_for(process, trainer.run_dir / "samples")
+    process = trainer.start("--set", "training.max_steps=100000")
+    trainer.wait_for(process, trainer.run_dir / "checkpoints")
     said = trainer.run(status=2)
     process.kill()
     process.communicate()

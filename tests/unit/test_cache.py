@@ -187,6 +187,17 @@ def test_a_damaged_shard_is_named_and_its_pictures_encoded_again(records, tmp_pa
         assert torch.equal(fresh.read(item.key)[0], expected(item)[0])
 
 
+def test_files_of_others_in_the_folder_are_neither_read_nor_removed(records, tmp_path, caplog):
+    """A folder of models: each has a safetensors file and a description in JSON beside it."""
+    theirs = {name: tmp_path / name for name in ("my-model.json", "my-model.safetensors", "0123456789abcdef.json")}
+    for path in theirs.values():
+        path.write_text("{}")
+    filled(tmp_path, items_of(records))
+    assert all(path.read_text() == "{}" for path in theirs.values())
+    assert caplog.text == ""
+    assert len(LatentCache(tmp_path)) == 10
+
+
 def test_a_copied_cache_is_checked_once_and_then_trusted(records, tmp_path, monkeypatch):
     filled(tmp_path / "cache", items_of(records))
     (shard,) = (tmp_path / "cache").glob("*.safetensors")

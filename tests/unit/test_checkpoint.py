@@ -34,7 +34,6 @@ from sdxl_training.training.checkpoint import (
     save_checkpoint,
 )
 
-CPU = torch.device("cpu")
 FILES = ["unet.safetensors", "optimizer.safetensors", "state.json", "manifest.json"]
 
 
@@ -71,7 +70,7 @@ def test_load_gives_back_what_was_saved_bit_for_bit(tmp_path: Path) -> None:
     path = save_checkpoint(tmp_path / "checkpoints", saved)
     assert path == tmp_path / "checkpoints" / "step-000007"
     assert find_damage(path) is None
-    assert_same(load_checkpoint(path, CPU), saved)
+    assert_same(load_checkpoint(path), saved)
     assert [entry.name for entry in path.parent.iterdir()] == ["step-000007"], "no temporary folder is left"
 
 
@@ -118,7 +117,7 @@ def test_every_kind_of_damage_is_found_and_named(
     assert problem is not None
     assert name in problem
     with pytest.raises(CheckpointError, match=name) as caught:
-        load_checkpoint(copy, CPU)
+        load_checkpoint(copy)
     assert str(copy) in str(caught.value)
     assert newest_checkpoint(tmp_path) == (None, [f"{copy}: left out, {problem}"])
 
@@ -145,15 +144,15 @@ def test_no_flipped_bit_gets_through(intact: Path, tmp_path: Path, data: st.Data
     path.write_bytes(content)
     if find_damage(copy) is None:
         assert path.name == "manifest.json"
-        assert_same(load_checkpoint(copy, CPU), load_checkpoint(intact, CPU))
+        assert_same(load_checkpoint(copy), load_checkpoint(intact))
 
 
 def test_a_missing_folder_and_another_format_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no such checkpoint"):
-        load_checkpoint(tmp_path / "step-000001", CPU)
+        load_checkpoint(tmp_path / "step-000001")
     later = Checkpoint(RunState(1, "plan", "adamw", format=99), {"unet": {"w": torch.zeros(1)}})
     with pytest.raises(CheckpointError, match=r"format 99.*reads format 1"):
-        load_checkpoint(save_checkpoint(tmp_path, later), CPU)
+        load_checkpoint(save_checkpoint(tmp_path, later))
 
 
 def test_newest_checkpoint_skips_damaged_ones_and_says_so(tmp_path: Path) -> None:
@@ -214,7 +213,7 @@ def test_an_unusable_checkpoint_of_the_same_step_is_replaced(tmp_path: Path) -> 
     truncate(path / "unet.safetensors")
     (path / "stray.safetensors").write_bytes(b"")
     save_checkpoint(tmp_path, make_checkpoint(5))
-    assert_same(load_checkpoint(path, CPU), make_checkpoint(5))
+    assert_same(load_checkpoint(path), make_checkpoint(5))
     assert [entry.name for entry in tmp_path.iterdir()] == ["step-000005"]
 
 
@@ -322,7 +321,7 @@ def test_restored_optimizer_goes_on_bit_for_bit(tmp_path: Path) -> None:
         "unet": model.state_dict(),
         "optimizer": optimizer_tensors(optimizer, dict(model.named_parameters())),
     }
-    loaded = load_checkpoint(save_checkpoint(tmp_path, Checkpoint(RunState(3, "", "adamw"), parts)), CPU)
+    loaded = load_checkpoint(save_checkpoint(tmp_path, Checkpoint(RunState(3, "", "adamw"), parts)))
     resumed = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1))
     resumed.load_state_dict(dict(loaded.parts["unet"]))
     restored = torch.optim.AdamW(resumed.parameters(), lr=0.1, fused=True)

@@ -111,3 +111,12 @@ def test_programming_errors_stay_loud(monkeypatch, run_dir):
     monkeypatch.setitem(sys.modules, "sdxl_training.assemble", SimpleNamespace(train=fail))
     with pytest.raises(ZeroDivisionError):
         cli.main(["--config", str(run_dir / "config.resolved.yaml")])
+
+
+def test_an_interrupt_is_a_sentence(calls, run_dir, monkeypatch, capsys):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys.modules["sdxl_training.assemble"], "train", interrupted)
+    assert status("--config", run_dir / "config.resolved.yaml") == 130
+    assert "interrupted; what was saved" in capsys.readouterr().err

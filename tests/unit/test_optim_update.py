@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sdxl_training.optim.averaging import ExponentialAverage, NoAverage
 from sdxl_training.optim.loss_scale import DynamicLossScale, LossScale, NoLossScale
 from sdxl_training.optim.schedules import Constant, Cosine
-from sdxl_training.optim.update import OPTIMIZERS, Update, make_adamw
+from sdxl_training.optim.update import OPTIMIZERS, Update, make_adamw, make_sgd
 
 CPU = torch.device("cpu")
 LEARNING_RATE = 1e-2
@@ -185,3 +185,21 @@ def test_the_loss_scale_is_taken_out_before_norm_and_clipping(make: Callable[[],
 
 def test_table_of_optimizers() -> None:
     assert OPTIMIZERS["adamw"] is make_adamw
+
+
+def test_sgd_with_momentum_is_torchs_own_also_after_a_void_first_update() -> None:
+    ours, theirs = make_parameters(), make_parameters()
+    optimizer = make_sgd(ours.values(), LEARNING_RATE, momentum=0.9, weight_decay=0.01)
+    oracle = torch.optim.SGD(theirs.values(), LEARNING_RATE, momentum=0.9, weight_decay=0.01, foreach=False)
+    update = Update(ours, optimizer, LEARNING_RATE, Constant(0), NoLossScale(), NoAverage(), None)
+    for parameter in ours.values():
+        parameter.grad = torch.full_like(parameter, float("nan"))
+    assert update(0)[1] == 1
+    for step in range(1, 4):
+        for parameters in (ours, theirs):
+            for parameter in parameters.values():
+                parameter.grad = torch.full_like(parameter, 0.1 * step)
+        update(step)
+        oracle.step()
+    for name, parameter in ours.items():
+        torch.testing.assert_close(parameter, theirs[name], rtol=1e-6, atol=1e-7)

@@ -146,6 +146,17 @@ def test_first_signal_is_noted_and_a_second_ctrl_c_interrupts() -> None:
             signal.raise_signal(signal.SIGINT)
 
 
+def test_the_first_signal_is_answered(capfd: pytest.CaptureFixture[str]) -> None:
+    """Who sees nothing presses again, and the second Ctrl-C does not save."""
+    with stop_on_signals():
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+    assert capfd.readouterr().err.count("saved first") == 1
+    with stop_on_signals(announce=False):
+        signal.raise_signal(signal.SIGTERM)
+    assert capfd.readouterr().err == ""
+
+
 def test_sigterm_is_patient() -> None:
     with stop_on_signals() as stop:
         os.kill(os.getpid(), signal.SIGTERM)

@@ -22,6 +22,7 @@ from sdxl_training.tracking.progress import Progress
 
 ENCODE_BATCH = 8
 NAMED = 10
+INDEX_NAME = "picture_index.parquet"  # not index.parquet: a data set may have one of its own
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ def find_pictures(config: Config, progress: Progress) -> FoundPictures:
     captions = CaptionFiles(data.captions.extension, data.captions.separator, data.captions.missing)
     sources = [Source(source.path, source.repeats) for source in data.sources]
     folder = Path(cache_folder(config))
-    found = scan(sources, captions, folder / "index.parquet", progress)
+    found = scan(sources, captions, folder / INDEX_NAME, progress)
     sizes = data.buckets
     buckets = make_buckets(data.resolution, sizes.step_px, sizes.min_side_px, sizes.max_side_px)
     plan = plan_pictures(found.records, buckets, sizes.small_pictures)
@@ -112,6 +113,13 @@ def prepare_dataset(
     cache.refresh()
     usable = [number for number, item in enumerate(items) if item.key in cache]
     bad = tuple({entry.path: entry for entry in (*found.quarantined, *group.gather(report.quarantined))}.values())
+    named = {entry.path for entry in bad}
+    lost = [item.record.path for item in items if item.key not in cache and item.record.path not in named]
+    if lost:
+        raise UserError(
+            f"data.cache: the latents of {len(lost)} pictures vanished while the cache was being filled (the first: "
+            f"{lost[0]}). Another process may be clearing {cache.folder}. Start the same command again."
+        )
     if not usable:
         raise UserError(
             f"data.sources: none of the {len(items)} pictures could be encoded; the first: {bad[0].path}: "

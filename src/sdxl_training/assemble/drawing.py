@@ -71,10 +71,10 @@ def load_trained(run_dir: Path, step: int | None = None, use_ema: bool = True, d
         )
     config = load_config(folder.resolved).config
     chosen = torch.device("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else torch.device(device)
-    checkpoint = load_checkpoint(_find_checkpoint(folder.checkpoints, step), chosen)
+    checkpoint = load_checkpoint(_find_checkpoint(folder.checkpoints, step))
     averaged = use_ema and "average" in checkpoint.parts
     sdxl = load_sdxl(config.model.source, config.global_config.seed, chosen)
-    weights = checkpoint.parts["average" if averaged else "unet"]
+    weights = {name: value.to(chosen) for name, value in checkpoint.parts["average" if averaged else "unet"].items()}
     return TrainedModel(config, with_unet_weights(sdxl, weights), checkpoint.state.step, averaged)
 
 
@@ -122,6 +122,8 @@ def sample(
     use_ema: bool,
 ) -> None:
     """Draw prompts to a PNG: one picture as it is, several as a grid with their prompts below."""
+    if out.suffix.lower() != ".png":
+        raise UserError(f"--out = {out}: pictures are written as PNG; give a name that ends in .png.")
     pictures = draw_prompts(run_dir, prompts, steps, guidance, seed, checkpoint, use_ema)
     sheet = Image.fromarray(pictures[0]) if len(pictures) == 1 else make_grid(pictures, prompts)
     try:
@@ -133,11 +135,13 @@ def sample(
         ) from error
     if all(numpy.all(picture == 0) for picture in pictures):
         print("every picture is black: the model's latents are far outside the VAE's range")
-    print(f"{out}: {len(pictures)} picture{'' if len(pictures) == 1 else 's'} from step {run_dir.name}")
+    print(f"{out}: {len(pictures)} picture{'' if len(pictures) == 1 else 's'} drawn by {run_dir}")
 
 
 def export(run_dir: Path, checkpoint: int | None, use_ema: bool, format: str, to: Path) -> None:  # noqa: A002
     """Write a run's model for other programs: a diffusers folder or one file in SDXL's original layout."""
+    if format == "single_file" and to.suffix != ".safetensors":
+        raise UserError(f"--to = {to}: a single file is found by its ending; give a name that ends in .safetensors.")
     trained = load_trained(run_dir, checkpoint, use_ema, device="cpu")
     objective, config = build_objective(trained.config), trained.config
     if format == "diffusers":

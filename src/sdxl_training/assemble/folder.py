@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from sdxl_training.config.load import LoadedConfig, load_config, write_resolved
+from sdxl_training.config.problems import ConfigError
 from sdxl_training.config.schema import Config
 from sdxl_training.data.scan import Quarantined
 from sdxl_training.records import UserError
@@ -54,8 +55,9 @@ class RunFolder:
         """Keep other processes from training in this folder; raises UserError where one does. Ends with the process."""
         with (self.path / ".lock").open("w") as lock:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
+                # Not flock: loader workers would inherit it, and outlive a killed trainer by seconds.
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError) as error:  # lockf(3): either one
                 raise UserError(
                     f"{self.path}: another process is training in this folder. Wait for it, stop it, or choose another "
                     "global_config.run_name."
@@ -64,7 +66,7 @@ class RunFolder:
 
     def write_config(self, loaded: LoadedConfig) -> list[str]:
         """Write the resolved configuration; return what differs from the one the run had before, one line a setting."""
-        before = _settings(load_config(self.resolved).config) if self.resolved.exists() else {}
+        before = self._settings_before()
         temporary = self.resolved.with_suffix(".tmp")
         write_resolved(loaded, temporary)
         temporary.replace(self.resolved)
@@ -76,6 +78,13 @@ class RunFolder:
             if before.get(name, "absent") != now.get(name, "absent")
         ]
 
+    def _settings_before(self) -> dict[str, object]:
+        """Return the settings of the run so far; none where the file is missing, damaged or of another version."""
+        try:
+            return _settings(load_config(self.resolved).config) if self.resolved.exists() else {}
+        except ConfigError:
+            return {}
+
     def write_quarantine(self, quarantined: Sequence[Quarantined]) -> Path:
         """Write quarantine.jsonl: one object with path and reason a line."""
         path = self.path / "quarantine.jsonl"
@@ -86,7 +95,7 @@ class RunFolder:
 
 def run_folder(config: Config) -> RunFolder:
     """Return the folder that a configuration names."""
-    return RunFolder(Path(config.global_config.output_dir) / config.global_config.run_name)
+    return RunFolder(Path(config.global_config.output_dir).expanduser() / config.global_config.run_name)
 
 
 def _settings(config: Config) -> dict[str, object]:

@@ -36,7 +36,8 @@ def plan(loaded: LoadedConfig) -> None:
         f"{training.max_steps} steps = {schedule.epoch_of(training.max_steps):.2f} epochs",
         f"latent cache in {cache_folder(config)}: {cache_gib:.3f} GiB when full",
     ]
-    console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
+    said = "\n".join(lines).encode("utf-8", "backslashreplace").decode()  # a file's name need not be text
+    console.print(said, markup=False, highlight=False, soft_wrap=True)
 
 
 def write_demo_data(to: Path, seed: int, pictures: int) -> None:

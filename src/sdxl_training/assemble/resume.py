@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-
 from sdxl_training.assemble.folder import RunFolder
 from sdxl_training.config.schema import Config
 from sdxl_training.model.sdxl import SDXL
@@ -24,7 +22,7 @@ from sdxl_training.training.checkpoint import (
 from sdxl_training.training.step import Run
 
 
-def find_start(folder: RunFolder, resume: str, device: torch.device, progress: Progress) -> Checkpoint | None:
+def find_start(folder: RunFolder, resume: str, progress: Progress) -> Checkpoint | None:
     """Return the checkpoint to go on from, None for a new run.
 
     resume: auto, never, or a checkpoint's path. Raises UserError where going on would lose later checkpoints, or a new
@@ -48,10 +46,10 @@ def find_start(folder: RunFolder, resume: str, device: torch.device, progress: P
                 f"{folder.checkpoints}: none of its {len(there)} checkpoints is usable. Move the folder {folder.path} "
                 "away to start anew, or give another checkpoint with --resume PATH."
             )
-        if newest is None:
+        if newest is None or checkpoint_step(newest) == 0:  # before the first update nothing is lost by starting anew
             return None
         chosen = newest
-    checkpoint = load_checkpoint(chosen, device)
+    checkpoint = load_checkpoint(chosen)
     later = [path.name for path in there if resume != "auto" and checkpoint_step(path) > checkpoint.state.step]
     if later:
         raise UserError(

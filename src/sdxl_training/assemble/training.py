@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import platform
 import shlex
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -23,6 +25,7 @@ from sdxl_training.assemble.resume import find_start, snapshot
 from sdxl_training.assemble.session import Session, open_session
 from sdxl_training.config.load import LoadedConfig
 from sdxl_training.parallel.group import Group, process_group
+from sdxl_training.records import UserError
 from sdxl_training.tracking.meters import Meter
 from sdxl_training.tracking.progress import ConsoleProgress, Progress, SilentProgress, Update, open_log
 from sdxl_training.tracking.report import ReportFacts, write_report
@@ -30,7 +33,7 @@ from sdxl_training.tracking.tracker import Trackers, open_trackers
 from sdxl_training.training.checkpoint import prune_checkpoints, require_space, save_checkpoint
 from sdxl_training.training.log import StepLog
 from sdxl_training.training.preview import UnusablePictureError, make_grid
-from sdxl_training.training.step import add_gradients
+from sdxl_training.training.step import add_gradients, train_step
 from sdxl_training.training.stop import StopRequest, stop_on_signals
 from sdxl_training.training.trainer import Action, Every
 from sdxl_training.training.trainer import train as make_updates
@@ -47,14 +50,14 @@ def train(loaded: LoadedConfig, resume: str, dry_run: bool) -> None:
     if dry_run:
         folder = RunFolder(folder.path.with_name(f"{folder.path.name}.dry-run"))
     with ExitStack() as stack:
+        stack.enter_context(_what_ran_out(folder))
         group = stack.enter_context(process_group(config.global_config.device))
-        stop = stack.enter_context(stop_on_signals())
         if group.is_main:
             folder.make()
             stack.enter_context(folder.held())
         group.wait()
         progress = _open_progress(folder, group)
-        checkpoint = None if dry_run else find_start(folder, resume, group.device, progress)
+        checkpoint = None if dry_run else find_start(folder, resume, progress)
         first_step = 0 if checkpoint is None else checkpoint.state.step
         if first_step >= config.training.max_steps:
             progress.message(
@@ -65,12 +68,35 @@ def train(loaded: LoadedConfig, resume: str, dry_run: bool) -> None:
         if group.is_main:
             _note_configuration(folder, loaded, first_step, progress)
         progress.message(_arithmetic(session, first_step))
+        del checkpoint  # while its files are mapped, deleting them frees no disk space
         if first_step == 0:
             rehearse(session)
         if dry_run:
+            _try_updates(session)
             progress.message(f"dry run: one step on the largest bucket, one save and one preview worked: {folder.path}")
             return
-        _run_to_the_end(session, first_step, stop)
+        with stop_on_signals(announce=group.is_main) as stop:
+            _run_to_the_end(session, first_step, stop)
+
+
+@contextmanager
+def _what_ran_out(folder: RunFolder) -> Iterator[None]:
+    """Say in a sentence that the device's memory or the disk is full; raises UserError for both."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"the GPU's memory is full ({str(error).splitlines()[0]}). Lower training.batch_size and raise "
+            "training.accumulation instead, set training.memory.gradient_checkpointing: true or training.ema: "
+            "{type: none}, or lower data.resolution; --dry-run tells at once what fits."
+        ) from error
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(
+            f"{error.filename or folder.path}: the disk is full. Free space, then start the same command again to "
+            "resume."
+        ) from error
 
 
 def _open_progress(folder: RunFolder, group: Group) -> Progress:
@@ -113,6 +139,17 @@ def rehearse(session: Session) -> None:
     draw_preview(session, 0, Trackers())
 
 
+def _try_updates(session: Session) -> None:
+    """Make two updates that nobody keeps: only the second one has the optimizer's state beside the gradients."""
+    for step in range(2):
+        stats = train_step(session.run, step, session.largest_batch())
+        if not session.group.sum(stats.loss).isfinite():
+            raise UserError(
+                f"dry run: the loss of step {step + 1} is not finite. Use training.precision: bf16 or fp32, or lower "
+                "training.optimizer.learning_rate."
+            )
+
+
 def save(session: Session, steps_done: int) -> None:
     """Write a checkpoint and delete those that are no longer kept; other ranks wait at the next update."""
     if not session.group.is_main:
@@ -140,8 +177,12 @@ def draw_preview(session: Session, steps_done: int, trackers: Trackers) -> None:
     if any(not picture.any() for picture in pictures):
         session.progress.message(f"step {steps_done}: a preview is all black; look at {path}")
     temporary = path.with_suffix(".tmp")
-    make_grid(pictures, previews.prompts).save(temporary, format="PNG")
-    temporary.replace(path)
+    try:
+        make_grid(pictures, previews.prompts).save(temporary, format="PNG")
+        temporary.replace(path)
+    except OSError as error:
+        session.progress.message(f"step {steps_done}: {path} cannot be written: {error.strerror or error}")
+        return
     trackers.picture(steps_done, "samples", path)
 
 
@@ -211,7 +252,10 @@ def _write_report(session: Session, steps_done: int, state: Literal["running", "
         quarantined={entry.path: entry.reason for entry in session.dataset.quarantined},
         environment=_environment(session.group.device),
     )
-    write_report(session.folder.path, facts)
+    try:
+        write_report(session.folder.path, facts)
+    except OSError as error:
+        session.progress.message(f"step {steps_done}: the report cannot be written: {error.strerror or error}")
 
 
 def _environment(device: torch.device) -> dict[str, str]:
@@ -226,14 +270,30 @@ def _environment(device: torch.device) -> dict[str, str]:
     }
 
 
+def resume_command(arguments: Sequence[str], processes: int) -> str:
+    """Return the command line that goes on with a run started by `arguments`: the same, resuming from the newest.
+
+    Another --resume would be refused now that there are later checkpoints.
+    """
+    words = list(arguments)
+    for place in [i for i, word in enumerate(words) if word == "--resume"][::-1]:
+        del words[place : place + 2]
+    words = [word for word in words if not word.startswith("--resume=")]
+    python = Path(sys.executable)
+    launcher = [str(python.relative_to(Path.cwd())) if python.is_relative_to(Path.cwd()) else str(python)]
+    if processes > 1:
+        launcher += ["-m", "torch.distributed.run", f"--nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', processes)}"]
+    return shlex.join([*launcher, *words])
+
+
 def _closing_words(session: Session, steps_done: int, stop: StopRequest) -> str:
     folder = session.folder
     lines = [f"{steps_done} of {session.last_step} updates are done."]
     if steps_done < session.last_step:
-        command = shlex.join([Path(sys.executable).name, *sys.argv])
         lines = [
-            f"stopped by {stop.signal_name} after {steps_done} updates; everything is saved.",
-            f"go on with: {command}",
+            f"stopped by {stop.signal_name or 'another process of the run'} after {steps_done} updates; everything is "
+            "saved.",
+            f"go on with: {resume_command(sys.argv, session.group.world_size)}",
         ]
     elif folder.sample(steps_done).exists():
         lines.append(f"pictures:   {folder.sample(steps_done)}")

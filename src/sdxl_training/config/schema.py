@@ -389,7 +389,7 @@ def min_snr_terminal(objective: Objective, weight: MinSnrLossWeight) -> Terminal
 
 def cache_folder(config: Config) -> str:
     """Return the folder of the latent cache, or the one that null stands for."""
-    return config.data.cache.path or str(Path(config.global_config.output_dir) / "cache")
+    return str(Path(config.data.cache.path or Path(config.global_config.output_dir) / "cache").expanduser())
 
 
 def default_values() -> dict[str, Any]:

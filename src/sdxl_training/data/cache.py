@@ -31,7 +31,7 @@ from sdxl_training.data.images import (
     to_model_range,
 )
 from sdxl_training.data.scan import Progress, Quarantined
-from sdxl_training.data.shards import Manifest, Origin, Posterior, ShardWriter
+from sdxl_training.data.shards import Manifest, Origin, Posterior, ShardWriter, list_manifests
 from sdxl_training.records import CropPlan, ImageRecord, UserError
 
 FORMAT = "1"  # of shard and manifest, and of how pixels are prepared (antialiased bicubic): part of every key
@@ -103,7 +103,7 @@ class LatentCache:
         self._shard_of: dict[str, Path] = {}
         self._damaged: list[Path] = []
         self._open: dict[Path, Any] = {}
-        for path in sorted(self.folder.glob("*.json")):
+        for path in list_manifests(self.folder):
             self._list(path)
 
     def _list(self, path: Path) -> None:
@@ -151,7 +151,7 @@ class LatentCache:
 
     def origins(self) -> Iterator[tuple[str, Origin]]:
         """Yield key and origin of every latent that some manifest names, readable or not."""
-        for path in sorted(self.folder.glob("*.json")):
+        for path in list_manifests(self.folder):
             with contextlib.suppress(FileNotFoundError, KeyError, TypeError, ValueError):  # reported by refresh
                 yield from Manifest.read(path).entries.items()
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -19,6 +21,7 @@ from sdxl_training.data.index import write_atomically
 from sdxl_training.records import UserError
 
 SHARD_BYTES = 256 * 2**20
+MANIFEST_NAME = re.compile(r"[a-z0-9]+-[0-9a-f]{16}\.json")
 Posterior = Literal["sample", "mean"]
 
 
@@ -90,6 +93,11 @@ class Manifest:
         with contextlib.suppress(UserError):  # a cache that is only readable is checked on every start
             replace(self, stamp=stamp).write()
         return None
+
+
+def list_manifests(folder: Path) -> Iterator[Path]:
+    """Yield the manifests in a folder, in order. Files with other names are somebody else's and left alone."""
+    yield from (path for path in sorted(folder.glob("*.json")) if MANIFEST_NAME.fullmatch(path.name))
 
 
 class ShardWriter:

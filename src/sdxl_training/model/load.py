@@ -70,11 +70,11 @@ def load_sdxl(source: str, seed: int, device: torch.device | str) -> SDXL:
 def _read_miniature(seed: int) -> SDXL:
     folder = MINIATURE_FOLDER
     _check_configs(folder)
-    text_encoder = CLIPTextModel(CLIPTextConfig.from_pretrained(folder / "text_encoder"))
-    text_encoder_2 = CLIPTextModelWithProjection(CLIPTextConfig.from_pretrained(folder / "text_encoder_2"))
-    _draw_weights(text_encoder, number=1)
-    _draw_weights(text_encoder_2, number=2)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]):  # building a module draws weights, even those replaced at once
+        text_encoder = CLIPTextModel(CLIPTextConfig.from_pretrained(folder / "text_encoder"))
+        text_encoder_2 = CLIPTextModelWithProjection(CLIPTextConfig.from_pretrained(folder / "text_encoder_2"))
+        _draw_weights(text_encoder, number=1)
+        _draw_weights(text_encoder_2, number=2)
         torch.manual_seed(derive_seed(seed, Stream.INITIAL_WEIGHTS))
         unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder / "unet"))
     sdxl = SDXL(unet, _read_vae(folder), text_encoder, text_encoder_2, *_read_tokenizers(folder), MINIATURE)

@@ -29,7 +29,11 @@ def make_sgd(
     parameters: Iterable[Tensor], learning_rate: float, momentum: float, weight_decay: float
 ) -> torch.optim.Optimizer:
     """Stochastic gradient descent: for comparing runs number by number."""
-    return torch.optim.SGD(parameters, lr=learning_rate, momentum=momentum, weight_decay=weight_decay, fused=True)
+    optimizer = torch.optim.SGD(parameters, lr=learning_rate, momentum=momentum, weight_decay=weight_decay, fused=True)
+    if momentum:  # torch would leave the buffers uninitialised where the first update is void
+        for parameter in optimizer.param_groups[0]["params"]:
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 # Each must honour `found_inf`, by which a void update is skipped on the device: torch's fused optimizers do.

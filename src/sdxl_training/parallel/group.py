@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from sdxl_training.records import UserError
+
 Item = TypeVar("Item")
 SLOWEST_RANK = timedelta(hours=12)
 """How long ranks wait for each other: one may be encoding pictures, or drawing previews, while the others are done."""
@@ -67,7 +69,8 @@ class Group:
 def process_group(device: str) -> Iterator[Group]:
     """Join the group torchrun describes in the environment, or be the only process.
 
-    device: auto, cpu, cuda or cuda:N. `auto` takes the GPU where there is one.
+    device: auto, cpu, cuda or cuda:N. `auto` takes the GPU where there is one. Raises UserError for a GPU that is not
+    there, or one for several processes.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -75,6 +78,7 @@ def process_group(device: str) -> Iterator[Group]:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     chosen = torch.device("cuda", local_rank) if device == "cuda" else torch.device(device)
     if chosen.type == "cuda":
+        _refuse_missing_gpu(chosen, device, world_size)
         torch.cuda.set_device(chosen)
     if world_size == 1:
         yield Group(0, 1, chosen)
@@ -85,6 +89,25 @@ def process_group(device: str) -> Iterator[Group]:
         yield Group(distributed.get_rank(), world_size, chosen)
     finally:
         distributed.destroy_process_group()
+
+
+def _refuse_missing_gpu(chosen: torch.device, asked: str, world_size: int) -> None:
+    count, index = torch.cuda.device_count(), chosen.index or 0
+    if not torch.cuda.is_available():
+        raise UserError(
+            f"global_config.device = {asked}: torch sees no GPU here; `sdxl-training doctor` says why. Set it to auto "
+            "or cpu, or mend the installation."
+        )
+    if index >= count:
+        raise UserError(
+            f"global_config.device = {asked}: there is no GPU {index}, only {count}, counted from 0. Name one of them, "
+            "or start no more processes on a machine than it has GPUs."
+        )
+    if world_size > 1 and asked not in ("auto", "cuda"):
+        raise UserError(
+            f"global_config.device = {asked}: {world_size} processes cannot share one GPU. Set it to cuda, which gives "
+            "each process its own."
+        )
 
 
 def set_grad_sync(model: nn.Module, last: bool) -> None:

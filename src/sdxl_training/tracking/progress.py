@@ -222,10 +222,11 @@ def open_log(run_dir: Path, console: Console) -> logging.Logger:
 
 
 class _Printable(logging.Formatter):
-    """Formatter that spells control characters out: a file's name must not steer the terminal."""
+    """Formatter that spells out control characters, and bytes that are no text: any file's name can be said."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), super().format(record))
+        said = super().format(record).encode("utf-8", "backslashreplace").decode()
+        return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), said)
 
 
 class _Screen(logging.Handler):

@@ -40,7 +40,7 @@ _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-
 class ReportFacts:
     """What the page says that does not lie in the run's folder.
 
-    seconds: time the run has worked, over all its resumptions. prompts: what the samples were drawn from, in reading
+    seconds: time since the run was last started. prompts: what the samples were drawn from, in reading
     order of the grid. buckets: images a bucket, by its name. quarantined: reason by file. environment: versions by
     name.
     """
@@ -73,7 +73,7 @@ def write_report(run_dir: Path, facts: ReportFacts) -> Path:
     )
     path = run_dir / REPORT_NAME
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
+    with temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
         file.write(_page(facts.run_name, "".join(sections)))
         file.flush()
         os.fsync(file.fileno())
@@ -100,7 +100,7 @@ def _head(facts: ReportFacts, metrics: Mapping[str, Numbers]) -> str:
         f"Loss, mean of {span:,}": f"{_mean(metrics['loss'][-span:]):.4g}",
         "Images seen": f"{_last(metrics['images']):,.0f}",
         "Epoch": f"{_last(metrics['epoch']):,.2f}",
-        "Time": duration_text(facts.seconds),
+        "Time since last start": duration_text(facts.seconds),
         "Images a second": rate_text(_last(metrics["images_per_second"])),
         "Waiting for data": f"{100 * _last(metrics['data_wait_fraction']):.1f} %",
         "Peak memory": f"{np.max(metrics['peak_memory_gib'], initial=0.0):.2f} GiB",

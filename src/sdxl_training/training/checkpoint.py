@@ -76,7 +76,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
         _remove(temporary)
         temporary.mkdir()
         _write_files(temporary, checkpoint)
-        if final.exists():  # only an unusable one: resuming never repeats a step whose checkpoint verifies
+        if final.exists():  # an unusable one, or step 0 of a run that starts anew
             final.rename(folder / f".replaced-{final.name}-{os.getpid()}")
         temporary.rename(final)
         _flush_folder(folder)
@@ -148,18 +148,23 @@ def newest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
     return None, rejected
 
 
-def load_checkpoint(folder: Path, device: torch.device) -> Checkpoint:
-    """Read a checkpoint whole; raises CheckpointError if it is missing, damaged or of another format."""
+def load_checkpoint(folder: Path) -> Checkpoint:
+    """Map a checkpoint's tensors into memory, on the CPU: with optimizer and average they are four models' worth.
+
+    Raises CheckpointError if it is missing, damaged or of another format.
+    """
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: there is no such checkpoint folder. Name one below <run>/checkpoints.")
     problem = find_damage(folder)
     if problem:
-        raise CheckpointError(f"{folder}: this checkpoint is unusable: {problem}. Resume from another one.")
+        raise CheckpointError(
+            f"{folder}: this checkpoint is unusable: {problem}. Resume from another one below <run>/checkpoints."
+        )
     state = json.loads((folder / STATE).read_text())
     if state["format"] != FORMAT:
         raise CheckpointError(f"{folder}: has format {state['format']}; this version reads format {FORMAT}.")
     try:
-        parts = {path.stem: load_file(path, device=str(device)) for path in sorted(folder.glob("*.safetensors"))}
+        parts = {path.stem: load_file(path) for path in sorted(folder.glob("*.safetensors"))}
     except safetensors.SafetensorError as error:
         raise CheckpointError(f"{folder}: {error}. Resume from another checkpoint.") from error
     return Checkpoint(RunState(**state), parts)
@@ -201,10 +206,10 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: Mapping[str,
 def restore_optimizer(
     optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
 ) -> None:
-    """Put flattened state back, types untouched: `load_state_dict` would cast fp32 state to a parameter's type."""
+    """Copy flattened state to its parameter's device, types untouched: `load_state_dict` would cast fp32 state."""
     for flat_name, value in tensors.items():
         quantity, name = flat_name.split("/", 1)
-        optimizer.state[parameters[name]][quantity] = value
+        optimizer.state[parameters[name]][quantity] = value.to(parameters[name].device, copy=True)
 
 
 def _digest(path: Path) -> str:
