@@ -86,8 +86,10 @@ def test_keep_last_keeps_the_newest(trainer: Trainer) -> None:
 def test_another_data_set_is_refused_on_resume(trainer: Trainer) -> None:
     trainer.run("--set", "training.max_steps=5")
     said = trainer.run("--set", "data.sources.0.repeats=3", status=2)
-    assert "data" in said
-    assert "run_name" in said  # the remedy
+    refusal = said[said.index("the data of this run changed") :]
+    assert "repeats" in refusal
+    assert "captions" not in refusal  # only what changed is named
+    assert "run_name" in refusal  # the remedy
 
 
 def test_never_does_not_overwrite(trainer: Trainer) -> None:

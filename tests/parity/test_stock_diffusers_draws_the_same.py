@@ -47,7 +47,7 @@ def make_run(folder: Path, model: Path, objective: str) -> Path:
     run.mkdir()
     write_resolved(load_config(config), run / "config.resolved.yaml")
     unet = load_sdxl(str(model), seed=0, device="cpu").unet
-    save_checkpoint(run / "checkpoints", Checkpoint(RunState(1, "plan", "adamw"), {"unet": unet.state_dict()}))
+    save_checkpoint(run / "checkpoints", Checkpoint(RunState(1, {}, "adamw"), {"unet": unet.state_dict()}))
     return run
 
 

@@ -46,7 +46,9 @@ def make_checkpoint(step: int, size: int = 50) -> Checkpoint:
         "special": torch.tensor([float("nan"), float("-inf"), -0.0, 1e-42]),
     }
     optimizer = {"step/conv.weight": torch.tensor(float(step)), "exp_avg/conv.weight": torch.full((size, 4), 0.1)}
-    return Checkpoint(RunState(step, f"plan {step}", "adamw"), {"unet": weights, "optimizer": optimizer, "average": {}})
+    return Checkpoint(
+        RunState(step, {"captions": f"plan {step}"}, "adamw"), {"unet": weights, "optimizer": optimizer, "average": {}}
+    )
 
 
 def as_bits(tensor: torch.Tensor) -> bytes:
@@ -150,7 +152,7 @@ def test_no_flipped_bit_gets_through(intact: Path, tmp_path: Path, data: st.Data
 def test_a_missing_folder_and_another_format_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no such checkpoint"):
         load_checkpoint(tmp_path / "step-000001")
-    later = Checkpoint(RunState(1, "plan", "adamw", format=99), {"unet": {"w": torch.zeros(1)}})
+    later = Checkpoint(RunState(1, {}, "adamw", format=99), {"unet": {"w": torch.zeros(1)}})
     with pytest.raises(CheckpointError, match=r"format 99.*reads format 1"):
         load_checkpoint(save_checkpoint(tmp_path, later))
 
@@ -321,7 +323,7 @@ def test_restored_optimizer_goes_on_bit_for_bit(tmp_path: Path) -> None:
         "unet": model.state_dict(),
         "optimizer": optimizer_tensors(optimizer, dict(model.named_parameters())),
     }
-    loaded = load_checkpoint(save_checkpoint(tmp_path, Checkpoint(RunState(3, "", "adamw"), parts)))
+    loaded = load_checkpoint(save_checkpoint(tmp_path, Checkpoint(RunState(3, {}, "adamw"), parts)))
     resumed = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1))
     resumed.load_state_dict(dict(loaded.parts["unet"]))
     restored = torch.optim.AdamW(resumed.parameters(), lr=0.1, fused=True)

@@ -73,4 +73,4 @@ def test_examples_load(path):
 
 
 def test_there_are_examples():
-    assert {"miniature", "full_24gb", "nai_v3", "flow_sdxl"} <= {path.stem for path in EXAMPLES}
+    assert {"miniature", "full_finetune", "nai_v3", "flow_sdxl"} <= {path.stem for path in EXAMPLES}

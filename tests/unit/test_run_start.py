@@ -24,7 +24,7 @@ from sdxl_training.training.checkpoint import Checkpoint, RunState, save_checkpo
 
 def save(folder: RunFolder, step: int) -> Path:
     parts = {"unet": {"weight": torch.full((3,), float(step))}}
-    return save_checkpoint(folder.checkpoints, Checkpoint(RunState(step, "plan", "adamw"), parts))
+    return save_checkpoint(folder.checkpoints, Checkpoint(RunState(step, {"captions": "plan"}, "adamw"), parts))
 
 
 def test_a_run_without_an_update_starts_anew(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -57,6 +57,13 @@ def find_pictures(config: Config, progress: Progress) -> FoundPictures:
     return FoundPictures(plan, found.quarantined)
 
 
+def _digest(items: Iterable[object]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for item in items:
+        digest.update(json.dumps(item).encode() + b"\n")
+    return digest.hexdigest()
+
+
 def _name(quarantined: Sequence[Quarantined], progress: Progress) -> None:
     for entry in quarantined[:NAMED]:
         progress.message(f"quarantined: {entry.path}: {entry.reason}")
@@ -75,13 +82,17 @@ class Dataset:
     schedule: BatchSchedule
 
     @cached_property
-    def fingerprint(self) -> str:
-        """Return a digest of everything that decides which sample comes when, and what it holds."""
-        digest = hashlib.blake2b(digest_size=16)
-        digest.update(json.dumps([self.schedule.seed, self.schedule.global_batch]).encode())
-        for record, key in zip(self.plan.records, self.keys, strict=True):
-            digest.update(json.dumps([record.sample_id, key, record.tags, record.repeats]).encode())
-        return digest.hexdigest()
+    def fingerprint(self) -> dict[str, str]:
+        """Return what decides which sample comes when and what it holds: a short value or a digest for each part."""
+        records, schedule = self.plan.records, self.schedule
+        return {
+            "global_config.seed": str(schedule.seed),
+            "images a step (batch_size x accumulation x processes)": str(schedule.global_batch),
+            "which pictures there are": _digest(record.sample_id for record in records),
+            "the pictures' content, size, crop or VAE": _digest(self.keys),
+            "captions": _digest(record.tags for record in records),
+            "repeats": _digest(record.repeats for record in records),
+        }
 
 
 def prepare_dataset(

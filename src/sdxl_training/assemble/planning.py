@@ -25,7 +25,7 @@ def plan(loaded: LoadedConfig) -> None:
     global_batch = training.batch_size * training.accumulation * processes
     repeats = [record.repeats for record in pictures.records]
     schedule = BatchSchedule(pictures.by_bucket, repeats, config.global_config.seed, global_batch)
-    cache_gib = projected_bytes(pictures.plans, config.data.cache.posterior) / 2**30
+    cache_mib = projected_bytes(pictures.plans, config.data.cache.posterior) / 2**20
     lines = [
         pictures.describe(),
         f"unreadable: {len(found.quarantined)}",
@@ -34,7 +34,7 @@ def plan(loaded: LoadedConfig) -> None:
         f"{schedule.images_per_epoch} images an epoch / {global_batch} = "
         f"{schedule.images_per_epoch / global_batch:.1f} steps an epoch; what does not fill a batch is carried over",
         f"{training.max_steps} steps = {schedule.epoch_of(training.max_steps):.2f} epochs",
-        f"latent cache in {cache_folder(config)}: {cache_gib:.3f} GiB when full",
+        f"latent cache in {cache_folder(config)}: {cache_mib:,.1f} MiB when full",
     ]
     said = "\n".join(lines).encode("utf-8", "backslashreplace").decode()  # a file's name need not be text
     console.print(said, markup=False, highlight=False, soft_wrap=True)

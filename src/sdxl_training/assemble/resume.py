@@ -71,13 +71,15 @@ def load_weights(sdxl: SDXL, checkpoint: Checkpoint) -> None:
         ) from error
 
 
-def check_fits(checkpoint: Checkpoint, config: Config, plan: str) -> None:
+def check_fits(checkpoint: Checkpoint, config: Config, plan: dict[str, str]) -> None:
     """Raise UserError unless `checkpoint` continues with the same sequence of samples and the same optimizer."""
-    if checkpoint.state.plan != plan:
+    before = checkpoint.state.plan
+    changed = [name for name in plan.keys() | before.keys() if plan.get(name) != before.get(name)]
+    if changed:
         raise UserError(
-            "the data or the number of images a step changed since the checkpoint (pictures, captions, repeats, "
-            "resolution, buckets, seed, or batch_size x accumulation x processes), so the run cannot go on where it "
-            "was. Undo the change; or export the run's model and begin a new run from it under another "
+            "the data of this run changed since its checkpoint, so it cannot go on where it was: "
+            f"{', '.join(sorted(changed))}. "
+            "Undo the change; or export the run's model and begin a new run from it under another "
             "global_config.run_name."
         )
     if checkpoint.state.optimizer != config.training.optimizer.type:
@@ -100,7 +102,7 @@ def restore(run: Run, checkpoint: Checkpoint, progress: Progress) -> None:
         update.loss_scale.load(dict(parts["loss_scale"]))
 
 
-def snapshot(run: Run, sdxl: SDXL, config: Config, step: int, plan: str) -> Checkpoint:
+def snapshot(run: Run, sdxl: SDXL, config: Config, step: int, plan: dict[str, str]) -> Checkpoint:
     """Return everything that has to be saved after `step` updates."""
     update = run.update
     parts = {

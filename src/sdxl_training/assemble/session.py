@@ -13,7 +13,7 @@ from sdxl_training.assemble.folder import RunFolder
 from sdxl_training.assemble.parts import build_objective, build_update
 from sdxl_training.assemble.resume import check_fits, load_weights, restore
 from sdxl_training.config.schema import Config
-from sdxl_training.data.captions import CaptionRules
+from sdxl_training.data.captions import CaptionRules, join_tags
 from sdxl_training.data.loader import MicroBatches, open_loader, to_batch
 from sdxl_training.memory.checkpointing import recompute_activations
 from sdxl_training.memory.precision import autocast
@@ -86,6 +86,7 @@ def open_session(
     dataset = prepare_dataset(config, group, progress, encode, fingerprint, one_batch=dry_run)
     if group.is_main:
         folder.write_quarantine(dataset.quarantined)
+        _warn_of_long_captions(sdxl, dataset, config.data.captions.separator, progress)
     run = Run(
         model=group.wrap(sdxl.unet),
         objective=build_objective(config),
@@ -99,6 +100,14 @@ def open_session(
         check_fits(checkpoint, config, dataset.fingerprint)
         restore(run, checkpoint, progress)
     return Session(config, folder, group, progress, sdxl, dataset, _micro_batches(config, group, sdxl, dataset), run)
+
+
+def _warn_of_long_captions(sdxl: SDXL, dataset: Dataset, separator: str, progress: Progress) -> None:
+    captions = [join_tags(record.tags, separator) for record in dataset.plan.records]
+    cut = caption_tokenizer(sdxl).count_truncated(captions)
+    if cut:
+        length = sdxl.tokenizer.model_max_length
+        progress.message(f"captions longer than {length} tokens: {cut}; what lies beyond is never seen by the model")
 
 
 def _micro_batches(config: Config, group: Group, sdxl: SDXL, dataset: Dataset) -> MicroBatches:

@@ -9,7 +9,7 @@ import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -192,7 +192,7 @@ def _run_to_the_end(session: Session, first_step: int, stop: StopRequest) -> Non
     names = ["tensorboard"] if tracking.tensorboard else []
     session.meter = Meter()  # what was rehearsed does not count
     trackers = open_trackers(names, session.folder.path, first_step) if group.is_main else Trackers()
-    with session.progress.training(first_step, session.last_step, checkpoints.every_steps) as show:
+    with closing(trackers), session.progress.training(first_step, session.last_step, checkpoints.every_steps) as show:
         log = _step_log(session, trackers, show)
 
         def write_and_save(steps_done: int) -> None:
@@ -208,7 +208,6 @@ def _run_to_the_end(session: Session, first_step: int, stop: StopRequest) -> Non
         steps_done = make_updates(
             session.run, session.batches(first_step), first_step, session.last_step, actions, stop
         )
-    trackers.close()
     finished = steps_done == session.last_step
     _write_report(session, steps_done, "finished" if finished else "stopped")
     session.progress.message(_closing_words(session, steps_done, stop))

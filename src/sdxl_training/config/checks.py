@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 from sdxl_training.config.schema import (
@@ -12,6 +13,7 @@ from sdxl_training.config.schema import (
     LogitNormalDensity,
     MinSnrLossWeight,
     VPrediction,
+    cache_folder,
 )
 
 
@@ -94,6 +96,14 @@ def terminal_policy_means_something(config: Config) -> Iterator[Finding]:
         yield Finding(place, f"{text}; use official or plus_one", needed)
 
 
+def run_and_cache_lie_apart(config: Config) -> Iterator[Finding]:
+    """A run's folder must not be the cache's."""
+    run = Path(config.global_config.output_dir).expanduser() / config.global_config.run_name
+    if run == Path(cache_folder(config)):
+        text = "makes the run's folder the latent cache's; choose another name, or another data.cache.path"
+        yield Finding("global_config.run_name", text, ("global_config.output_dir", "data.cache.path"))
+
+
 def previews_have_prompts(config: Config) -> Iterator[Finding]:
     """A grid of no pictures cannot be drawn."""
     previews = config.global_config.previews
@@ -109,6 +119,7 @@ CHECKS: tuple[Callable[[Config], Iterator[Finding]], ...] = (
     density_fits_the_objective,
     minimum_takes_effect,
     terminal_policy_means_something,
+    run_and_cache_lie_apart,
     previews_have_prompts,
 )
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sdxl_training.data.images import (
@@ -144,10 +144,15 @@ class LatentCache:
             if not shard.exists():
                 raise UserError(f"cache shard {shard} has vanished. Start again: its pictures are then encoded again.")
             self._open[shard] = safe_open(shard, framework="pt")
-        mean_CHW: Tensor = self._open[shard].get_tensor(f"{key}.mean").to(torch.float32)
-        if self.posterior == "mean":
-            return mean_CHW, torch.zeros_like(mean_CHW)
-        return mean_CHW, self._open[shard].get_tensor(f"{key}.std").to(torch.float32)
+        try:
+            mean_CHW: Tensor = self._open[shard].get_tensor(f"{key}.mean").to(torch.float32)
+            if self.posterior == "mean":
+                return mean_CHW, torch.zeros_like(mean_CHW)
+            return mean_CHW, self._open[shard].get_tensor(f"{key}.std").to(torch.float32)
+        except SafetensorError as error:
+            raise UserError(
+                f"cache shard {shard} is damaged ({error}). Start again: it is then encoded again."
+            ) from error
 
     def origins(self) -> Iterator[tuple[str, Origin]]:
         """Yield key and origin of every latent that some manifest names, readable or not."""

@@ -9,6 +9,7 @@ from transformers import CLIPTextConfig, CLIPTokenizer
 
 # A CLIP configuration that says 2 is from before the value meant anything: the end of text is then the largest id.
 LEGACY_EOS_ID = 2
+LATENT_CHANNELS, VAE_FACTOR = 4, 8
 
 
 def architecture_problems(
@@ -65,6 +66,12 @@ def _vae_problems(unet: Mapping[str, Any], vae: Mapping[str, Any]) -> Iterator[s
         yield (
             f"unet takes {found[0]} channels and gives {found[1]} where the VAE's latents have {channels} "
             "(inpainting models take 9)"
+        )
+    factor = 2 ** (len(vae.get("block_out_channels", ())) - 1)
+    if (channels, factor) != (LATENT_CHANNELS, VAE_FACTOR):
+        yield (
+            f"the VAE makes {channels} channels at 1/{factor} of the size where SDXL's makes {LATENT_CHANNELS} at "
+            f"1/{VAE_FACTOR}"
         )
     for name in ("latents_mean", "latents_std", "shift_factor"):
         if vae.get(name):

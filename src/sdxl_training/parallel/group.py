@@ -11,11 +11,13 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from sdxl_training.records import UserError
 
 Item = TypeVar("Item")
+RENDEZVOUS = timedelta(minutes=10)
 SLOWEST_RANK = timedelta(hours=12)
 """How long ranks wait for each other: one may be encoding pictures, or drawing previews, while the others are done."""
 
@@ -84,7 +86,8 @@ def process_group(device: str) -> Iterator[Group]:
         yield Group(0, 1, chosen)
         return
     backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
-    distributed.init_process_group(backend, timeout=SLOWEST_RANK)
+    store, rank, world_size = next(rendezvous("env://", timeout=RENDEZVOUS))
+    distributed.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=SLOWEST_RANK)
     try:
         yield Group(distributed.get_rank(), world_size, chosen)
     finally:

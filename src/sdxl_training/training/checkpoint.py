@@ -37,11 +37,12 @@ class CheckpointError(UserError):
 class RunState:
     """Where a run stands beyond its tensors.
 
-    `plan` fingerprints everything that decides which sample comes when; `optimizer` is the type whose state is saved.
+    `plan` fingerprints, by the name a user knows it by, everything that decides which sample comes when; `optimizer` is
+    the type whose state is saved.
     """
 
     step: int
-    plan: str
+    plan: dict[str, str]
     optimizer: str
     format: int = FORMAT
 

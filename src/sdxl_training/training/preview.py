@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
+from sdxl_training.model.architecture import LATENT_CHANNELS, VAE_FACTOR
 from sdxl_training.model.sdxl import predict
 from sdxl_training.objectives.objective import Objective
 from sdxl_training.objectives.sampling import draw, guide
@@ -23,9 +24,6 @@ from sdxl_training.rng import Stream, torch_generator
 
 Picture = NDArray[numpy.uint8]
 """One picture, height x width x RGB."""
-
-LATENT_CHANNELS = 4
-VAE_FACTOR = 8
 
 
 class UnusablePictureError(UserError):
