@@ -1,11 +1,11 @@
 """How long should torch's CPU threads spin before they sleep, on a machine that does other things too?
 
-    python benchmarks/cpu_threads.py        # about three minutes; leave the machine alone meanwhile
+    python benchmarks/cpu_threads.py        # about five minutes; leave the machine alone meanwhile
 
 Times an update of the miniature's U-Net (batch 32, forward, backward, AdamW) on two threads, on an otherwise idle
-machine and beside one busy process, for several values of GOMP_SPINCOUNT (how often a waiting thread looks before it
-sleeps).
-Prints seconds an update. The plainest alternatives are one thread, and two with the library's own default.
+machine and beside one and two other processes that train on one thread each, for several values of GOMP_SPINCOUNT (how
+often a waiting thread looks before it sleeps). Prints seconds an update. The plainest alternatives are one thread, and
+two with the library's own default.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 
-SPINS = ("0", "3000", "30000", "300000", None)
-LIMIT_S = 90
+CASES = [(1, None), *((2, spins) for spins in ("0", "3000", "30000", None))]
+LIMIT_S, UPDATES = 90, 8
 
 
-def time_updates(threads: int, updates: int = 8) -> float:
+def time_updates(threads: int, updates: int = UPDATES) -> float:
     """Return seconds an update, after one to warm up."""
     import torch
     from diffusers import UNet2DConditionModel
@@ -49,22 +50,31 @@ def measure(threads: int, spins: str | None) -> str:
     try:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=LIMIT_S, check=True)
     except subprocess.TimeoutExpired:
-        return f"over {LIMIT_S / 9:.0f}"
-    return f"{float(done.stdout):.3f}"
+        return f"over {LIMIT_S // (UPDATES + 1)}"
+    return f"{float(done.stdout):.2f}"
+
+
+def measure_beside(neighbours: int) -> list[str]:
+    command = [sys.executable, __file__, "--neighbour"]
+    with ExitStack() as stack:
+        others = [stack.enter_context(subprocess.Popen(command)) for _ in range(neighbours)]
+        time.sleep(10 * bool(others))  # they import torch first
+        seconds = [measure(*case) for case in CASES]
+        for other in others:
+            other.kill()
+    return seconds
 
 
 def main() -> None:
     if "--threads" in sys.argv:
         print(time_updates(int(sys.argv[-1])))
         return
-    cases = [(1, None), *((2, spins) for spins in SPINS)]
-    idle = [measure(*case) for case in cases]
-    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as neighbour:
-        busy = [measure(*case) for case in cases]
-        neighbour.kill()
-    print("| threads | GOMP_SPINCOUNT | idle machine, s | beside a busy process, s |\n|---|---|---|---|")
-    for (threads, spins), alone, beside in zip(cases, idle, busy, strict=True):
-        print(f"| {threads} | {spins or 'default'} | {alone} | {beside} |")
+    while "--neighbour" in sys.argv:
+        time_updates(1)
+    columns = [measure_beside(neighbours) for neighbours in range(3)]
+    print("| threads | GOMP_SPINCOUNT | alone | beside one other | beside two others |\n|---|---|---|---|---|")
+    for (threads, spins), *row in zip(CASES, *columns, strict=True):
+        print(f"| {threads} | {spins or 'default'} | {' | '.join(row)} |")
 
 
 if __name__ == "__main__":

@@ -179,10 +179,9 @@ def _refuse_missing_checkpoint(resume: str) -> None:
 
 def _assemble() -> Any:
     """Import torch and everything on it: only now, when nothing can be wrong with the configuration any more."""
-    # torch's threads wait for each other by spinning. Where another process needs a core, spinning without end makes a
-    # step a hundred times slower; waiting asleep doubles it on an idle machine. About 0.1 ms of spinning is near the
-    # best of both: benchmarks/cpu_threads.py.
-    os.environ.setdefault("GOMP_SPINCOUNT", "30000")
+    # torch's threads wait for each other by spinning. Where other processes need the cores, spinning long can make a
+    # step dozens of times slower; a short spin costs a tenth on an idle machine: benchmarks/results/cpu_threads.md.
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
     return importlib.import_module("sdxl_training.assemble")
 
 
