@@ -20,6 +20,7 @@ from PIL import Image
 
 from sdxl_training.assemble import draw_prompts
 from sdxl_training.data.demo_set import COMBINATIONS, PALETTE
+from sdxl_training.training.preview import Sampling
 
 Pixels = NDArray[np.uint8]
 Reading = tuple[str, str, str]  # object colour, background colour, shape
@@ -107,7 +108,7 @@ def main() -> None:
 
     texts, wanted = zip(*prompts(), strict=True)
     settings = {"steps": arguments.steps, "guidance": arguments.guidance, "seed": arguments.seed}
-    pictures = draw_prompts(arguments.run, list(texts), **settings)
+    pictures = draw_prompts(arguments.run, list(texts), Sampling(**settings))
     scores = accuracies(pictures, wanted)
     if arguments.out:
         Image.fromarray(picture_grid(pictures)).save(arguments.out)

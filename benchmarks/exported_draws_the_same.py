@@ -19,7 +19,7 @@ from diffusers import DDIMScheduler, StableDiffusionXLPipeline
 from demo_quality import prompts
 from sdxl_training.assemble import draw_prompts, export
 from sdxl_training.config.load import load_config
-from sdxl_training.training.preview import prompt_noise
+from sdxl_training.training.preview import Sampling, prompt_noise
 
 STEPS, GUIDANCE, SEED = 25, 4.0, 0
 
@@ -43,7 +43,7 @@ def main() -> None:
     run = parser.parse_args().run
     texts = [text for text, _ in prompts()]
     side = load_config(run / "config.resolved.yaml").config.data.resolution
-    ours = np.stack(draw_prompts(run, texts, steps=STEPS, guidance=GUIDANCE, seed=SEED))
+    ours = np.stack(draw_prompts(run, texts, Sampling(steps=STEPS, guidance=GUIDANCE, seed=SEED)))
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "exported"
         export(run, None, True, "diffusers", folder)

@@ -3,9 +3,10 @@
     python benchmarks/gpu_step.py --out benchmarks/results/gpu_step_h100
     python benchmarks/gpu_step.py --device cpu --tiny --batch-sizes 1 2    # the same code, no GPU needed
 
-Whole updates are timed: noise, forward, backward, clipping, fused AdamW, through the package's own `train_step`. The
-weights are random and so is every input (latents 4x128x128, which is 1024x1024 pixels; text states 77x2048; pooled text
-1280; time_ids), which changes neither the work nor the memory. There is no VAE, no text encoder and no data loading.
+Whole updates are timed: noise levels, forward, backward, clipping, fused AdamW, through the package's own `train_step`.
+The weights are random and so is every input (latents 4x128x128, which is 1024x1024 pixels, and their noise; text states
+77x2048; pooled text 1280; time_ids), which changes neither the work nor the memory. There is no VAE, no text encoder
+and no data loading, where noise is drawn.
 
 `share` is the model's arithmetic per second, counted without recomputation, over that of a bfloat16 product of two
 8192 x 8192 matrices measured in the same process: what the card really gives, not what its data sheet says.
@@ -37,7 +38,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sdxl_training.memory.precision import autocast
 from sdxl_training.model.sdxl import predict
-from sdxl_training.objectives.densities import LogitNormal
+from sdxl_training.objectives.densities import LogNormal
 from sdxl_training.objectives.objective import make_objective
 from sdxl_training.objectives.weights import NoWeight
 from sdxl_training.optim.averaging import NoAverage
@@ -49,6 +50,7 @@ from sdxl_training.records import Batch, Conditioning
 from sdxl_training.training.step import Run, train_step
 
 SDXL_PARAMETERS = 2_567_463_684
+RAW_FLOW = {"mode": "raw", "zero_terminal_snr": True}
 
 # SDXL base 1.0, unet/config.json; keys that equal the class's defaults are left out.
 SDXL_UNET = {
@@ -132,10 +134,13 @@ def random_batch(shape: Shape, batch_size: int, device: torch.device) -> Batch:
     )
     return Batch(
         latents_BCHW=torch.randn(batch_size, 4, edge, edge, device=device),
+        noise_BCHW=torch.randn(batch_size, 4, edge, edge, device=device),
         conditioning=conditioning,
         weight_B=torch.ones(batch_size, device=device),
         sample_ids=tuple(range(batch_size)),
         visits=(0,) * batch_size,
+        step=0,
+        slots=tuple(range(batch_size)),
     )
 
 
@@ -150,7 +155,7 @@ def build_run(shape: Shape, case: Case, device: torch.device) -> Run:
     parameters = dict(unet.named_parameters())
     return Run(
         model=unet,
-        objective=make_objective("flow_matching", {}, LogitNormal(), NoWeight()),
+        objective=make_objective("flow_matching", RAW_FLOW, LogNormal(0.0, 1.0), NoWeight()),
         update=Update(
             parameters=parameters,
             optimizer=make_adamw(parameters.values(), 1e-6, betas=(0.9, 0.999), epsilon=1e-8, weight_decay=0.01),
@@ -206,7 +211,7 @@ def time_updates(run: Run, batch: Batch, warmup: int, steps: int) -> float:
 
     def update() -> torch.Tensor:
         step = next(numbers)
-        fresh = dataclasses.replace(batch, visits=(step,) * len(batch.visits))  # other noise in each update
+        fresh = dataclasses.replace(batch, visits=(step,) * len(batch.visits), step=step)  # other levels each time
         return train_step(run, step, [fresh]).loss
 
     for _ in range(warmup):

@@ -13,6 +13,7 @@ import typer
 
 from sdxl_training import __version__
 from sdxl_training.config import LoadedConfig, load_config, notes
+from sdxl_training.config.schema import Grid, Sampler
 from sdxl_training.records import UserError
 
 app = typer.Typer(
@@ -68,9 +69,13 @@ def sample(
     out: Annotated[Path, typer.Option("--out", help="Picture file to write (PNG).")],
     prompt: Annotated[list[str] | None, typer.Option("--prompt", help="What to draw; may be repeated.")] = None,
     prompts_file: Annotated[Path | None, typer.Option("--prompts-file", help="Text file, one prompt a line.")] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Sampler steps; default: the run's previews.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, max=1000, help="Sampler steps; default: as previews.")] = None,
     guidance: Annotated[float | None, typer.Option(min=1.0, help="Guidance; default: the run's previews.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Seed of the noise; default: the run's previews.")] = None,
+    sampler: Annotated[Sampler | None, typer.Option(help="How a step is made; default: the run's previews.")] = None,
+    grid: Annotated[Grid | None, typer.Option(help="Noise levels visited; default: the run's previews.")] = None,
+    shift: Annotated[float | None, typer.Option(min=0.01, help="Factor on sigma in the linear grid.")] = None,
+    guidance_rescale: Annotated[float | None, typer.Option(min=0.0, max=1.0, help="Contrast taken back.")] = None,
     checkpoint: CheckpointStep = None,
     raw_weights: Annotated[bool, typer.Option("--raw-weights", help="Draw without the averaged weights.")] = False,
 ) -> None:
@@ -80,13 +85,14 @@ def sample(
     if not prompts:
         raise UserError("sample: nothing to draw; give --prompt TEXT or --prompts-file FILE with one prompt a line")
     use_ema = choose_ema(loaded, False if raw_weights else None)
-    previews = loaded.config.global_config.previews
+    asked = {"steps": steps, "guidance": guidance, "seed": seed, "sampler": sampler, "grid": grid, "shift": shift}
+    asked["guidance_rescale"] = guidance_rescale
+    chosen = {name: value for name, value in asked.items() if value is not None}
+    previews = loaded.config.global_config.previews.model_copy(update=chosen)
     _assemble().sample(
         run_dir=run,
         prompts=prompts,
-        steps=previews.steps if steps is None else steps,
-        guidance=previews.guidance if guidance is None else guidance,
-        seed=previews.seed if seed is None else seed,
+        previews=previews,
         out=out,
         checkpoint=checkpoint,
         use_ema=use_ema,

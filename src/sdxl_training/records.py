@@ -56,15 +56,16 @@ class Bucket:
 
 @dataclass(frozen=True, slots=True)
 class CropPlan:
-    """How a picture becomes its bucket: resize to `resized_hw` (always covering), then cut the bucket out at `crop_tl`.
+    """How a picture becomes its bucket: resize to `resized_hw` (always covering), cut the bucket out, maybe mirror it.
 
-    `crop_tl` is (top, left) in pixels of the resized picture: the crop coordinates SDXL is conditioned on.
+    `crop_tl` is (top, left) in pixels of the resized picture before it is mirrored.
     """
 
     original_hw: SizeHW
     resized_hw: SizeHW
     crop_tl: tuple[int, int]
     bucket: Bucket
+    flipped: bool = False
 
     @property
     def cropped_fraction(self) -> float:
@@ -79,8 +80,14 @@ class CropPlan:
 
     @property
     def time_ids(self) -> tuple[int, int, int, int, int, int]:
-        """SDXL's size conditioning: original (h, w), crop (top, left), target (h, w)."""
-        return (*self.original_hw, *self.crop_tl, *self.bucket.size_hw)
+        """SDXL's size conditioning: original (h, w), crop (top, left), target (h, w), of the picture as shown.
+
+        In a mirrored picture the crop's left is counted from the side that was the right one.
+        """
+        (top, left), (target_h, target_w) = self.crop_tl, self.bucket.size_hw
+        if self.flipped:
+            left = self.resized_hw[1] - target_w - left
+        return (*self.original_hw, top, left, target_h, target_w)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,15 +115,20 @@ class Conditioning:
 class Batch:
     """One micro-batch on the device; the only thing the training step sees of the data.
 
-    latents_BCHW: scaled latents, fp32. weight_B: loss weight per sample, mean 1 over the data set, fp32.
+    latents_BCHW: scaled latents, fp32. noise_BCHW: the noise of the targets, fp32. weight_B: loss weight per sample,
+    mean 1 over the data set, fp32.
     sample_ids and visits: one integer a sample; together with the seed they fix the sample's randomness.
+    step and slots: the update, and the samples' places in its global batch; for what a global batch shares out.
     """
 
     latents_BCHW: Tensor
+    noise_BCHW: Tensor
     conditioning: Conditioning
     weight_B: Tensor
     sample_ids: tuple[int, ...]
     visits: tuple[int, ...]
+    step: int
+    slots: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from sdxl_training.assemble.drawing import export
 from sdxl_training.config.load import load_config, write_resolved
 from sdxl_training.model.load import load_sdxl
 from sdxl_training.training.checkpoint import Checkpoint, RunState, save_checkpoint
-from sdxl_training.training.preview import prompt_noise
+from sdxl_training.training.preview import Sampling, prompt_noise
 from tests.tiny_sdxl import tiny_pipeline
 
 PROMPTS = ["red circle", "blue square"]
@@ -24,8 +24,15 @@ OBJECTIVES = {
     "v": "{type: v_prediction}",
     "v without ztsnr": "{type: v_prediction, zero_terminal_snr: false}",
     "epsilon": "{type: epsilon}",
-    "flow": "{type: flow_matching}",
+    "flow": "{type: flow_matching, mode: raw}",
+    "flow preconditioned": "{type: flow_matching, mode: preconditioned}",
+    "flow preconditioned without ztsnr": "{type: flow_matching, mode: preconditioned, zero_terminal_snr: false}",
+    "x0": "{type: x0}",
+    "edm": "{type: edm}",
+    "edm c_noise": "{type: edm, label: c_noise, sigma_data: 0.5}",
+    "edm as cosxl": "{type: edm, label: c_noise}",
 }
+OWN_LABELS = ("edm c_noise", "edm as cosxl")
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +58,9 @@ def make_run(folder: Path, model: Path, objective: str) -> Path:
     return run
 
 
-def draw_with_diffusers(folder: Path, steps: int, guidance: float, scheduler: object = None) -> numpy.ndarray:
+def draw_with_diffusers(
+    folder: Path, steps: int, guidance: float, scheduler: object = None, **how: object
+) -> numpy.ndarray:
     pipeline = StableDiffusionXLPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
     if scheduler is not None:
@@ -61,7 +70,7 @@ def draw_with_diffusers(folder: Path, steps: int, guidance: float, scheduler: ob
         PROMPTS,
         height=SIZE[0],
         width=SIZE[1],
-        num_inference_steps=steps,
+        **(how or {"num_inference_steps": steps}),
         guidance_scale=guidance,
         latents=noise,
         output_type="np",
@@ -69,11 +78,11 @@ def draw_with_diffusers(folder: Path, steps: int, guidance: float, scheduler: ob
 
 
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
-@pytest.mark.parametrize("objective", ["v", "v without ztsnr", "epsilon"])
+@pytest.mark.parametrize("objective", [name for name in OBJECTIVES if name not in ("flow", *OWN_LABELS)])
 def test_the_exported_folder_draws_the_same(tmp_path: Path, model: Path, objective: str, guidance: float) -> None:
     run = make_run(tmp_path, model, OBJECTIVES[objective])
     export(run, None, True, "diffusers", tmp_path / "exported")
-    ours = numpy.stack(draw_prompts(run, PROMPTS, steps=25, guidance=guidance, seed=7)) / 255.0
+    ours = numpy.stack(draw_prompts(run, PROMPTS, Sampling(25, guidance, 7, grid="trailing"))) / 255.0
     theirs = draw_with_diffusers(tmp_path / "exported", 25, guidance)
     assert ours.std() > 0.05  # not a flat picture
     assert numpy.abs(ours - theirs).mean() < 1 / 255
@@ -82,17 +91,43 @@ def test_the_exported_folder_draws_the_same(tmp_path: Path, model: Path, objecti
         assert numpy.abs(ours - ddim).mean() < 1 / 255
 
 
+@pytest.mark.parametrize("objective", OWN_LABELS)
+def test_edm_with_its_own_labels_is_drawn_by_diffusers_edm_scheduler(
+    tmp_path: Path, model: Path, objective: str
+) -> None:
+    """sigma_data, labels, input and output scale are all EDM's; the pipeline needs nothing but the exported folder."""
+    run = make_run(tmp_path, model, OBJECTIVES[objective])
+    export(run, None, True, "diffusers", tmp_path / "exported")
+    ours = numpy.stack(draw_prompts(run, PROMPTS, Sampling(25, 3.0, 7, grid="karras"))) / 255.0
+    assert ours.std() > 0.05
+    assert numpy.abs(ours - draw_with_diffusers(tmp_path / "exported", 25, 3.0)).mean() < 1 / 255
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_a_preconditioned_flow_is_drawn_the_same_on_its_own_grid(tmp_path: Path, model: Path, shift: float) -> None:
+    """The flow sampler's own times, given to stock diffusers' v-prediction scheduler as sigmas = t / (1 - t)."""
+    run = make_run(tmp_path, model, OBJECTIVES["flow preconditioned"])
+    export(run, None, True, "diffusers", tmp_path / "exported")
+    ours = numpy.stack(draw_prompts(run, PROMPTS, Sampling(20, 3.0, 7, grid="linear", shift=shift))) / 255.0
+    times = numpy.linspace(1, 1 / 20, 20)
+    times = shift * times / (1 + (shift - 1) * times)
+    sigmas = [4096.0, *(times[1:] / (1 - times[1:]))]  # diffusers' own stand-in for an infinite sigma
+    theirs = draw_with_diffusers(tmp_path / "exported", 20, 3.0, sigmas=[*sigmas, 0.0])
+    assert ours.std() > 0.05
+    assert numpy.abs(ours - theirs).mean() < 1 / 255
+
+
 def test_step_counts_that_do_not_divide_the_schedule(tmp_path: Path, model: Path) -> None:
     run = make_run(tmp_path, model, OBJECTIVES["v"])
     export(run, None, True, "diffusers", tmp_path / "exported")
-    ours = numpy.stack(draw_prompts(run, PROMPTS, steps=28, guidance=3.0, seed=7)) / 255.0
+    ours = numpy.stack(draw_prompts(run, PROMPTS, Sampling(steps=28, guidance=3.0, seed=7))) / 255.0
     assert numpy.abs(ours - draw_with_diffusers(tmp_path / "exported", 28, 3.0)).mean() < 1 / 255
 
 
 def test_the_parity_test_can_fail(tmp_path: Path, model: Path) -> None:
     run = make_run(tmp_path, model, OBJECTIVES["v"])
     export(run, None, True, "diffusers", tmp_path / "exported")
-    ours = numpy.stack(draw_prompts(run, PROMPTS, steps=25, guidance=4.0, seed=8)) / 255.0
+    ours = numpy.stack(draw_prompts(run, PROMPTS, Sampling(steps=25, guidance=4.0, seed=8))) / 255.0
     assert numpy.abs(ours - draw_with_diffusers(tmp_path / "exported", 25, 4.0)).mean() > 5 / 255
 
 
@@ -111,6 +146,12 @@ def test_a_flow_model_names_its_scheduler_and_who_can_sample_it(tmp_path: Path, 
         ("v without ztsnr", {"v_pred"}, "v"),
         ("epsilon", set(), "epsilon"),
         ("flow", set(), "flow"),
+        ("flow preconditioned", {"v_pred", "ztsnr"}, "v"),
+        ("flow preconditioned without ztsnr", {"v_pred"}, "v"),
+        ("edm", {"v_pred"}, "v"),
+        ("edm c_noise", set(), "edm"),  # ComfyUI takes sigma_data 1 for granted with the markers
+        ("edm as cosxl", {"edm_vpred.sigma_max", "edm_vpred.sigma_min"}, "edm"),
+        ("x0", set(), "x0"),
     ],
 )
 def test_the_single_file_says_what_it_predicts(
@@ -119,6 +160,6 @@ def test_the_single_file_says_what_it_predicts(
     run = make_run(tmp_path, model, OBJECTIVES[objective])
     export(run, None, True, "single_file", tmp_path / "model.safetensors")
     with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
-        assert markers == {"v_pred", "ztsnr"} & set(file.keys())
+        assert markers == {key for key in file.keys() if key.startswith(("v_pred", "ztsnr", "edm"))}  # noqa: SIM118
         assert "model.diffusion_model.input_blocks.0.0.weight" in file.keys()  # noqa: SIM118
         assert file.metadata()["modelspec.prediction_type"] == prediction

@@ -53,15 +53,31 @@ def make_tiny_unet() -> Callable[[], UNet2DConditionModel]:
 
 @pytest.fixture(scope="session")
 def make_batch() -> Callable[..., Batch]:
-    """Build a batch whose every sample is a function of its id alone."""
+    """Build a batch whose every sample is a function of its id alone, and its noise of id and visit.
+
+    slots: the samples' places in the global batch of update `step`; as they come where none are given.
+    """
     import torch
 
+    from sdxl_training.objectives.noise import Noise
     from sdxl_training.records import Batch, Conditioning
 
-    def make(sample_ids: Sequence[int], weights: Sequence[float] | None = None) -> Batch:
+    def make(
+        sample_ids: Sequence[int],
+        weights: Sequence[float] | None = None,
+        visits: Sequence[int] | None = None,
+        step: int = 0,
+        slots: Sequence[int] | None = None,
+        noise: Noise | None = None,
+    ) -> Batch:
+        visits = visits or [0] * len(sample_ids)
         generators = [torch.Generator().manual_seed(1000 + sample_id) for sample_id in sample_ids]
+        latents_BCHW = torch.stack([torch.randn(4, 8, 8, generator=generator) for generator in generators])
+        draw = noise or Noise()
+        each = zip(latents_BCHW, visits, sample_ids, strict=True)
         return Batch(
-            latents_BCHW=torch.stack([torch.randn(4, 8, 8, generator=generator) for generator in generators]),
+            latents_BCHW=latents_BCHW,
+            noise_BCHW=torch.stack([draw(latent_CHW, 0, visit, sample_id) for latent_CHW, visit, sample_id in each]),
             conditioning=Conditioning(
                 text_BLD=torch.stack([torch.randn(3, 8, generator=generator) for generator in generators]),
                 pooled_BP=torch.stack([torch.randn(8, generator=generator) for generator in generators]),
@@ -69,7 +85,9 @@ def make_batch() -> Callable[..., Batch]:
             ),
             weight_B=torch.tensor(weights or [1.0] * len(sample_ids)),
             sample_ids=tuple(sample_ids),
-            visits=(0,) * len(sample_ids),
+            visits=tuple(visits),
+            step=step,
+            slots=tuple(range(len(sample_ids)) if slots is None else slots),
         )
 
     return make

@@ -66,11 +66,18 @@ def test_sample_takes_what_is_not_given_from_the_run(calls, run_dir, tmp_path):
     )
     options = calls[0][2]
     assert options["prompts"] == ["one", "two", "three"]
-    assert (options["steps"], options["guidance"], options["seed"]) == (9, 2.5, 0)
+    previews = options["previews"]
+    assert (previews.steps, previews.guidance, previews.seed) == (9, 2.5, 0)
+    assert (previews.sampler, previews.grid) == ("euler", "auto")
     assert (options["use_ema"], options["checkpoint"]) == (True, None)
     assert (
         status("sample", "--run", run_dir, "--prompt", "one", "--out", "x.png", "--raw-weights", "--checkpoint", 5) == 0
     )
+    asked = ["--sampler", "heun", "--grid", "linear", "--shift", 2, "--guidance-rescale", 0.5, "--steps", 3]
+    assert status("sample", "--run", run_dir, "--prompt", "one", "--out", "x.png", *asked) == 0
+    previews = calls[2][2]["previews"]
+    assert (previews.sampler, previews.grid, previews.shift, previews.guidance_rescale) == ("heun", "linear", 2, 0.5)
+    assert previews.steps == 3
     assert (calls[1][2]["use_ema"], calls[1][2]["checkpoint"]) == (False, 5)
 
 

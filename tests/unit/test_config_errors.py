@@ -84,10 +84,10 @@ def test_synonyms_name_places_that_exist():
         ("memory: {gradient_checkpointing: yes}", "must be true or false"),
         ("memory: fast", "must be a mapping of settings"),
         ("memory:", "is empty; give it settings below, or delete the line"),
-        ("objective: epsilon", "must be a mapping with type: epsilon, type: flow_matching or type: v_prediction"),
-        ("objective: {type: flow}", "must be epsilon, flow_matching or v_prediction"),
+        ("schedule: cosine", "must be a mapping with type: constant or type: cosine"),
+        ("objective: {type: flow}", "must be edm, epsilon, flow_matching, v_prediction or x0"),
         ("optimizer: {type: lion, momentum: 1}", "must be adamw or sgd"),
-        ("loss_weight: {type: none, gamma: 5}", "belongs to type: min_snr, not to none"),
+        ("loss_weight: {type: none, gamma: 5}", "belongs to type: min_snr, p2 or soft_min_snr, not to none"),
     ],
 )
 def test_wrong_values_are_answered_with_the_rule(tmp_path, setting, rule):
@@ -132,9 +132,19 @@ def test_epsilon_at_snr_0_is_explained(tmp_path):
         (["data.buckets.min_side_px=1088"], "data.buckets.min_side_px", "at most data.resolution = 1024"),
         (["data.buckets.max_side_px=960"], "data.buckets.max_side_px", "at least data.resolution = 1024"),
         (["training.max_steps=100"], "training.schedule.warmup_steps", "at most training.max_steps = 100"),
-        (["training.level_density.type=logit_normal"], "training.level_density.type", "needs training.objective.type"),
-        (["training.loss_weight.minimum=0.1"], "training.loss_weight.minimum", "has no effect unless"),
+        (
+            ["training.loss_weight={type: min_snr, minimum: 0.1}"],
+            "training.loss_weight.minimum",
+            "has no effect unless",
+        ),
         (["global_config.previews.prompts=[]"], "global_config.previews.prompts", "at least one prompt"),
+        (["global_config.previews={grid: karras, shift: 2.0}"], "global_config.previews.shift", "no effect with grid"),
+        (
+            ["global_config.previews.grid=native", "training.preset=nyaflow"],
+            "global_config.previews.grid",
+            "use linear or karras",
+        ),
+        (["global_config.previews.shift=0"], "global_config.previews.shift", "above 0"),
     ],
 )
 def test_rules_between_settings(tmp_path, overrides, place, words):
@@ -147,7 +157,7 @@ def test_rules_between_settings(tmp_path, overrides, place, words):
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["training.loss_weight.terminal=floor", "training.loss_weight.minimum=0.1"],
+        ["training.loss_weight={type: min_snr, terminal: floor}", "training.loss_weight.minimum=0.1"],
         ["global_config.previews.prompts=[]", "global_config.previews.every_steps=0"],
         ["training.objective.type=flow_matching", "training.level_density.type=logit_normal"],
         ["training.precision=fp16", "global_config.device=cpu"],
@@ -191,7 +201,8 @@ def test_official_weights_at_snr_0_are_legal_but_noted(tmp_path):
     path = tmp_path / "my.yaml"
     path.write_text(SOURCES, encoding="utf-8")
     assert notes(load_config(path).config) == []
-    (note,) = notes(load_config(path, ["training.loss_weight.terminal=official"]).config)
+    overrides = ["training.objective.type=v_prediction", "training.loss_weight={type: min_snr, terminal: official}"]
+    (note,) = notes(load_config(path, overrides).config)
     assert "plus_one" in note
 
 

@@ -3,7 +3,9 @@
 import pytest
 
 from sdxl_training.config import ConfigError, load_config, write_resolved
-from sdxl_training.config.schema import AdamW, Config, Epsilon, FlowMatching, LogitNormalDensity, NoLossWeight
+from sdxl_training.config.levels import LogitNormalDensity
+from sdxl_training.config.objective import Epsilon, FlowMatching, NoLossWeight
+from sdxl_training.config.schema import AdamW, Config
 from sdxl_training.records import UserError
 
 SOURCES = "data:\n  sources:\n    - path: pictures\n"
@@ -91,7 +93,7 @@ def test_set_does_not_depend_on_order(write, flipped):
     ],
 )
 def test_the_terminal_policy_is_written_out(write, objective, terminal, expected):
-    text = f"{SOURCES}training: {{objective: {objective}, loss_weight: {{terminal: {terminal}}}}}\n"
+    text = f"{SOURCES}training: {{objective: {objective}, loss_weight: {{type: min_snr, terminal: {terminal}}}}}\n"
     assert load_config(write(text)).config.training.loss_weight.terminal == expected
 
 

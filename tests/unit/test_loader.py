@@ -1,4 +1,4 @@
-"""The loader: the same bits however many processes make them and however an update is split."""
+"""The loader: the same bits however many processes make them and however an update is split; coupled noise."""
 
 import multiprocessing
 import os
@@ -16,6 +16,8 @@ from sdxl_training.data.buckets import plan_crop
 from sdxl_training.data.captions import CaptionRules
 from sdxl_training.data.loader import MicroBatches, RawBatch, _outlive_the_first_signal, open_loader, to_batch
 from sdxl_training.data.sampler import BatchSchedule
+from sdxl_training.objectives.couplings import ConditionalTransport, OptimalTransport
+from sdxl_training.objectives.noise import Noise
 from sdxl_training.records import Bucket, ImageRecord, UserError
 
 BUCKETS = [Bucket((16, 16)), Bucket((16, 32))]
@@ -57,6 +59,7 @@ def micro_batches(batch_size=4, accumulation=1, rank=0, world_size=1, seed=3, **
         "keys": [str(i) for i in range(17)],
         "weights": [1 + i / 100 for i in range(17)],
         "read_latent": Latents(),
+        "draw_noise": Noise(),
         "tokenize": tokenize,
         "rules": CaptionRules(shuffle=True, tag_dropout=0.2, caption_dropout=0.3),
         "seed": seed,
@@ -74,13 +77,14 @@ def same(one: RawBatch, other: RawBatch) -> bool:
 
 
 def joined(batches: list[RawBatch]) -> RawBatch:
+    """Return the micro-batches of one update as one, in the order of the global batch."""
+    assert len({batch.step for batch in batches}) == 1
     parts = {field.name: [getattr(batch, field.name) for batch in batches] for field in fields(RawBatch)}
-    return RawBatch(
-        **{
-            name: torch.cat(part) if isinstance(part[0], torch.Tensor) else sum(part, ())
-            for name, part in parts.items()
-        }
-    )
+    del parts["step"]
+    whole = {
+        name: torch.cat(part) if isinstance(part[0], torch.Tensor) else sum(part, ()) for name, part in parts.items()
+    }
+    return RawBatch(**whole, step=batches[0].step)
 
 
 @pytest.fixture(scope="module")
@@ -97,9 +101,14 @@ def test_a_batch_is_complete_and_right(alone):
         assert batch.latents_BCHW.dtype == batch.time_ids_B6.dtype == batch.weight_B.dtype == torch.float32
         assert batch.keep_B.dtype == torch.bool
         assert batch.visits == tuple(draw.visit for draw in draws)
+        assert (batch.step, batch.slots) == (step, (0, 1, 2, 3))
+        assert batch.noise_BCHW.shape == batch.latents_BCHW.shape
+        assert batch.noise_BCHW.dtype == torch.float32
         for b, draw in enumerate(draws):
             assert batch.sample_ids[b] == RECORDS[draw.record].sample_id
             assert batch.time_ids_B6[b].tolist() == list(PLANS[draw.record].time_ids)
+            latent_CHW, sample_id = batch.latents_BCHW[b], batch.sample_ids[b]
+            assert torch.equal(batch.noise_BCHW[b], Noise()(latent_CHW, 3, draw.visit, sample_id))
             assert batch.weight_B[b].item() == pytest.approx(1 + draw.record / 100)
             text = "".join(map(chr, batch.ids_1_BL[b].tolist()))
             tags = {tag.strip() for tag in text.split(",") if tag.strip()}
@@ -120,7 +129,12 @@ def test_starting_in_the_middle_is_the_same_as_arriving_there(alone):
     assert all(same(joined(a), joined(b)) for a, b in zip(alone[7:], made, strict=True))
 
 
-@pytest.mark.parametrize(("batch_size", "accumulation", "world_size"), [(4, 1, 1), (1, 4, 1), (2, 1, 2), (1, 2, 2)])
+SPLITS = pytest.mark.parametrize(
+    ("batch_size", "accumulation", "world_size"), [(4, 1, 1), (1, 4, 1), (2, 1, 2), (1, 2, 2)]
+)
+
+
+@SPLITS
 def test_splitting_an_update_does_not_change_its_samples(alone, batch_size, accumulation, world_size):
     loaders = [
         open_loader(micro_batches(batch_size, accumulation, rank, world_size), 0, 12, workers=0, pin=False)
@@ -145,11 +159,105 @@ def test_a_visit_draws_afresh_and_latents_follow_the_posterior():
     assert len({tuple(values.tolist()) for values in drawn.values()}) == len(drawn) == 1600
 
 
-def test_the_seed_changes_latents_and_captions():
+def test_the_seed_changes_latents_noise_and_captions():
     one, other = micro_batches(seed=1), micro_batches(seed=2, schedule=micro_batches(seed=1).schedule)
     assert one[0].sample_ids == other[0].sample_ids
     assert not torch.equal(one[0].latents_BCHW, other[0].latents_BCHW)
+    assert not torch.equal(one[0].noise_BCHW, other[0].noise_BCHW)
     assert not all(torch.equal(one[p].ids_1_BL, other[p].ids_1_BL) for p in range(5))
+
+
+def test_a_visit_has_its_own_noise_which_is_not_the_posteriors():
+    noise = {}
+    for step in range(100):
+        batch = micro_batches(4)[step]
+        for b, sample_id in enumerate(batch.sample_ids):
+            noise[sample_id, batch.visits[b]] = batch.noise_BCHW[b]
+            posterior = (batch.latents_BCHW[b] - (sample_id - 1000)) / 0.5
+            assert not torch.allclose(posterior, batch.noise_BCHW[b], atol=0.1)
+    assert len({tuple(values.flatten().tolist()) for values in noise.values()}) == len(noise) == 400
+
+
+# --- coupling --------------------------------------------------------------------------------------------------------
+
+COUPLINGS = {"optimal": OptimalTransport(), "conditional": ConditionalTransport(1.0)}
+every_coupling = pytest.mark.parametrize("couple", COUPLINGS.values(), ids=COUPLINGS)
+NEAR = {"read_latent": lambda key: (torch.zeros_like(Latents()(key)[0]), torch.ones_like(Latents()(key)[0]))}
+"""Latents that do not differ by their pictures' numbers, so that the posterior's draw decides who is near."""
+
+
+@every_coupling
+def test_a_coupling_moves_noise_and_nothing_else(couple):
+    plain, coupled = micro_batches(4, **NEAR), micro_batches(4, couple=couple, **NEAR)
+    moved = 0
+    for step in range(12):
+        one, other = plain[step], coupled[step]
+        assert same(replace(other, noise_BCHW=one.noise_BCHW), one), "latents, ids, captions: as without a coupling"
+        order = [
+            next(i for i, noise in enumerate(one.noise_BCHW) if torch.equal(noise, other.noise_BCHW[b]))
+            for b in range(4)
+        ]
+        assert sorted(order) == [0, 1, 2, 3]
+        moved += order != [0, 1, 2, 3]
+        kept = (one.latents_BCHW - one.noise_BCHW).square().sum()
+        assert (other.latents_BCHW - other.noise_BCHW).square().sum() <= kept + 1e-3 or couple is not COUPLINGS[
+            "optimal"
+        ]
+    assert moved > 6
+
+
+@every_coupling
+@SPLITS
+def test_a_coupling_spans_the_global_batch_however_it_is_split(couple, batch_size, accumulation, world_size):
+    """One of the splits has micro-batches of one sample: noise that only changed hands within them would stay."""
+    whole = list(open_loader(micro_batches(4, couple=couple, **NEAR), 0, 8, workers=0, pin=False))
+    loaders = [
+        open_loader(
+            micro_batches(batch_size, accumulation, rank, world_size, couple=couple, **NEAR),
+            0,
+            8,
+            workers=rank,
+            pin=False,
+        )
+        for rank in range(world_size)
+    ]
+    for (expected,), *shares in zip(whole, *loaders, strict=True):
+        assert same(joined([share[m] for m in range(accumulation) for share in shares]), expected)
+
+
+def test_a_coupled_batch_does_not_depend_on_what_was_asked_before():
+    """The noise of one step is kept for its other micro-batches: it must not be taken for another step's, or seed's."""
+    dataset = micro_batches(1, 4, couple=OptimalTransport(), **NEAR)
+    fresh = [micro_batches(1, 4, couple=OptimalTransport(), **NEAR)[position] for position in range(16)]
+    for position in (0, 1, 13, 2, 5, 4, 0, 15, 3):
+        assert same(dataset[position], fresh[position])
+    other_seed = replace(dataset, seed=4)
+    assert same(
+        other_seed[3], micro_batches(1, 4, couple=OptimalTransport(), seed=4, schedule=dataset.schedule, **NEAR)[3]
+    )
+
+
+def test_a_coupling_sees_all_tags_of_the_pictures_in_their_order():
+    seen = []
+
+    def couple(latents_GCHW, noise_GCHW, tags):
+        seen.append((latents_GCHW, noise_GCHW, tags))
+        return torch.tensor([1, 2, 3, 0])
+
+    coupled, plain = micro_batches(2, 2, couple=couple), micro_batches(4)[0]
+    batch = joined([coupled[0], coupled[1]])
+    ((latents_GCHW, noise_GCHW, tags),) = seen  # once for both micro-batches
+    assert torch.equal(latents_GCHW, plain.latents_BCHW)
+    assert torch.equal(noise_GCHW, plain.noise_BCHW)
+    assert tags == [RECORDS[sample_id - 1000].tags for sample_id in plain.sample_ids]
+    assert torch.equal(batch.noise_BCHW, noise_GCHW[[1, 2, 3, 0]])
+
+
+def test_a_picture_of_another_process_that_cannot_be_read_is_named_too():
+    share = micro_batches(1, 1, 0, 4, couple=OptimalTransport(), read_latent=Latents("5"))
+    step = next(step for step in range(20) if 5 in [draw.record for draw in share.schedule.batch_at(step)[1][1:]])
+    with pytest.raises(UserError, match=r"^/p/5.png: its cached latent cannot be read: '5'$"):
+        share[step]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -251,5 +359,7 @@ def test_dropped_captions_become_zeros_and_keep_their_sizes():
         assert torch.equal(batch.conditioning.pooled_BP[b], pooled_BP[b] * keep)
     assert torch.equal(batch.conditioning.time_ids_B6, raw.time_ids_B6)
     assert torch.equal(batch.latents_BCHW, raw.latents_BCHW)
+    assert torch.equal(batch.noise_BCHW, raw.noise_BCHW)
     assert torch.equal(batch.weight_B, raw.weight_B)
     assert (batch.sample_ids, batch.visits) == (raw.sample_ids, raw.visits)
+    assert (batch.step, batch.slots) == (raw.step, raw.slots)

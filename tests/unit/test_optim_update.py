@@ -1,4 +1,4 @@
-"""One optimizer update: equal to torch's own pieces, void on anything that is not finite."""
+"""One optimizer update: equal to torch's own pieces, void on anything that is not finite; with parameters beside."""
 
 from __future__ import annotations
 
@@ -203,3 +203,105 @@ def test_sgd_with_momentum_is_torchs_own_also_after_a_void_first_update() -> Non
         oracle.step()
     for name, parameter in ours.items():
         torch.testing.assert_close(parameter, theirs[name], rtol=1e-6, atol=1e-7)
+
+
+# --- parameters beside the model -------------------------------------------------------------------------------------
+
+
+def make_update_with_beside(
+    make: Callable[..., torch.optim.Optimizer],
+    options: dict[str, object],
+    loss_scale: LossScale | None = None,
+    schedule: Constant | Cosine | None = None,
+) -> tuple[dict[str, nn.Parameter], nn.Parameter, Update]:
+    """Return the model's parameters, one beside them with a hundred times their learning rate, and the update."""
+    parameters, beside = make_parameters(), nn.Parameter(torch.tensor([1.0, -2.0, 3.0]))
+    groups = [{"params": [*parameters.values()]}, {"params": [beside], "peak": 1.0, "weight_decay": 0.0}]
+    optimizer = make(groups, LEARNING_RATE, **options)
+    scale = loss_scale or NoLossScale()
+    chosen = schedule or Constant(0)
+    update = Update(parameters, optimizer, LEARNING_RATE, chosen, scale, NoAverage(), 1.0, {"beside": beside})
+    return parameters, beside, update
+
+
+ADAMW = (make_adamw, {"betas": (0.9, 0.99), "epsilon": 1e-8, "weight_decay": 0.5})
+SGD = (make_sgd, {"momentum": 0.9, "weight_decay": 0.5})
+both_optimizers = pytest.mark.parametrize(("make", "options"), [ADAMW, SGD], ids=["adamw", "sgd"])
+
+
+@both_optimizers
+def test_what_lies_beside_changes_nothing_for_the_model(
+    make: Callable[..., torch.optim.Optimizer], options: dict[str, object]
+) -> None:
+    """However large its gradient, it is in no norm, so that the model's is clipped as if it were alone."""
+    parameters, beside, update = make_update_with_beside(make, options)
+    alone = make_parameters()
+    reference = Update(
+        alone,
+        make(alone.values(), LEARNING_RATE, **options),
+        LEARNING_RATE,
+        Constant(0),
+        NoLossScale(),
+        NoAverage(),
+        1.0,
+    )
+    for step in range(5):
+        set_gradients(parameters, step, size=10.0)
+        set_gradients(alone, step, size=10.0)
+        beside.grad = torch.full((3,), 1e6)
+        norm, skipped = update(step)
+        assert torch.equal(norm, reference(step)[0])
+        assert float(skipped) == 0.0
+        assert beside.grad is None
+    assert all(torch.equal(parameters[name], alone[name]) for name in alone)
+
+
+def test_what_lies_beside_has_its_own_learning_rate_and_is_not_clipped() -> None:
+    schedule = Cosine(4, 20, 0.5)
+    parameters, beside, update = make_update_with_beside(
+        make_sgd, {"momentum": 0.0, "weight_decay": 0.5}, None, schedule
+    )
+    expected = beside.detach().clone()
+    for step in range(8):
+        set_gradients(parameters, step)
+        beside.grad = torch.tensor([3.0, 0.0, -1.0])
+        update(step)
+        expected -= 1.0 * schedule.factor(step) * torch.tensor([3.0, 0.0, -1.0])
+        assert [group["lr"] for group in update.optimizer.param_groups] == [
+            pytest.approx(LEARNING_RATE * schedule.factor(step)),
+            pytest.approx(schedule.factor(step)),
+        ]
+        torch.testing.assert_close(beside.detach(), expected)
+
+
+@both_optimizers
+@pytest.mark.parametrize("before", [0, 3])
+def test_a_void_update_leaves_what_lies_beside(
+    make: Callable[..., torch.optim.Optimizer], options: dict[str, object], before: int
+) -> None:
+    """Its own gradient may be finite: it belongs to a loss that was not."""
+    parameters, beside, update = make_update_with_beside(make, options)
+    for step in range(before):
+        set_gradients(parameters, step)
+        beside.grad = torch.ones(3)
+        update(step)
+    kept = [beside.detach().clone(), *(value.clone() for value in update.optimizer.state[beside].values())]
+    set_gradients(parameters, before, float("nan"))
+    beside.grad = torch.ones(3)
+    assert float(update(before)[1]) == 1.0
+    assert torch.equal(beside, kept[0])
+    if before:
+        now = update.optimizer.state[beside].values()
+        assert all(torch.equal(old, new) for old, new in zip(kept[1:], now, strict=True))
+    assert beside.grad is None
+
+
+def test_the_loss_scale_is_taken_out_of_what_lies_beside() -> None:
+    loss_scale = DynamicLossScale(CPU, initial=1024.0)
+    parameters, beside, update = make_update_with_beside(make_sgd, {"momentum": 0.0, "weight_decay": 0.0}, loss_scale)
+    before = beside.detach().clone()
+    loss = sum(parameter.square().sum() for parameter in (*parameters.values(), beside))
+    assert isinstance(loss, Tensor)
+    loss_scale.scale(loss).backward()
+    update(0)
+    torch.testing.assert_close(beside.detach(), before - 2 * before)

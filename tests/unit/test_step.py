@@ -1,9 +1,11 @@
-"""The update: one gradient however the global batch is cut, weights that stay with their samples, labels in float32."""
+"""The update: one gradient however the global batch is cut, weights that stay with their samples, labels in float32,
+one noise in input and target."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -12,8 +14,9 @@ from torch import Tensor, nn
 
 from sdxl_training.memory.precision import autocast
 from sdxl_training.model.sdxl import predict
-from sdxl_training.objectives.densities import LogitNormal, Uniform
-from sdxl_training.objectives.objective import Objective, make_objective, noise_like
+from sdxl_training.objectives.densities import LogNormal, Uniform
+from sdxl_training.objectives.noise import InputNoise, Noise
+from sdxl_training.objectives.objective import Objective, make_objective
 from sdxl_training.objectives.weights import MinSNR, NoWeight
 from sdxl_training.optim.averaging import NoAverage
 from sdxl_training.optim.loss_scale import DynamicLossScale, LossScale, NoLossScale
@@ -26,13 +29,15 @@ from sdxl_training.training.step import Run, add_gradients, loss_per_sample, tra
 CPU = torch.device("cpu")
 MakeUnet = Callable[[], UNet2DConditionModel]
 MakeBatch = Callable[..., Batch]
+RAW_FLOW = {"mode": "raw", "zero_terminal_snr": True}
 OBJECTIVES: dict[str, Objective] = {
     "epsilon": make_objective("epsilon", {}, Uniform(), MinSNR(5.0)),
     "v_prediction": make_objective("v_prediction", {"zero_terminal_snr": True}, Uniform(), MinSNR(5.0, "plus_one")),
-    "flow_matching": make_objective("flow_matching", {}, LogitNormal(), NoWeight()),
+    "flow_matching": make_objective("flow_matching", RAW_FLOW, LogNormal(0.0, 1.0), NoWeight()),
 }
 every_objective = pytest.mark.parametrize("name", OBJECTIVES)
 SEED = 7
+SIZE_HW = (64, 64)
 
 
 def make_run(
@@ -42,13 +47,19 @@ def make_run(
     precision: str = "fp32",
     world_size: int = 1,
     loss_scale: LossScale | None = None,
+    objective: Objective | None = None,
 ) -> Run:
-    parameters = dict(model.named_parameters())
-    optimizer = make_adamw(parameters.values(), 1e-3, (0.9, 0.99), 1e-8, 0.0)
-    update = Update(parameters, optimizer, 1e-3, Constant(0), loss_scale or NoLossScale(), NoAverage(), 1.0)
-    return Run(
-        model, OBJECTIVES[name], update, autocast(precision, CPU), Group(0, world_size, CPU), SEED, samples_per_step
-    )
+    objective = objective or OBJECTIVES[name]
+    parameters, beside = dict(model.named_parameters()), dict(objective.uncertainty.named_parameters())
+    groups: list[dict[str, Any]] = [
+        {"params": [*parameters.values()]},
+        {"params": [*beside.values()], "peak": 1e-2},
+    ]
+    optimizer = make_adamw(groups, 1e-3, (0.9, 0.99), 1e-8, 0.0)
+    scale = loss_scale or NoLossScale()
+    update = Update(parameters, optimizer, 1e-3, Constant(0), scale, NoAverage(), 1.0, beside)
+    group = Group(0, world_size, CPU)
+    return Run(model, objective, update, autocast(precision, CPU), group, SEED, samples_per_step)
 
 
 def gradients_of(run: Run, micro_batches: Sequence[Batch]) -> tuple[float, dict[str, Tensor]]:
@@ -96,10 +107,9 @@ def test_loss_is_the_weighted_mean_by_hand(make_tiny_unet: MakeUnet, make_batch:
     expected = 0.0
     for sample_id, weight in zip([5, 6, 7], weights, strict=True):
         batch = make_batch([sample_id])
-        levels = run.objective.draw_levels(SEED, [0], [sample_id])
+        levels = run.objective.draw_levels(SEED, batch, SIZE_HW).levels
         a, b = float(levels.a_B), float(levels.b_B)
-        eps = noise_like(batch.latents_BCHW, SEED, [0], [sample_id])
-        x0 = batch.latents_BCHW
+        x0, eps = batch.latents_BCHW, batch.noise_BCHW
         target = {"epsilon": eps, "v_prediction": a * eps - b * x0, "flow_matching": eps - x0}[name]
         snr = (a / b) ** 2
         level_weight = {
@@ -137,9 +147,49 @@ def test_every_visit_draws_anew(make_tiny_unet: MakeUnet, make_batch: MakeBatch)
     with torch.no_grad():
         losses = [
             loss_per_sample(unet, OBJECTIVES["flow_matching"], replace(batch, visits=(visit,)), SEED).item()
-            for visit in range(4)
+            for visit in range(4)  # the noise stays, so it is the level that changes
         ]
     assert len(set(losses)) == 4
+
+
+def seen_input(unet: UNet2DConditionModel, objective: Objective, batch: Batch) -> Tensor:
+    inputs: list[Tensor] = []
+    handle = unet.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0].clone()))
+    with torch.no_grad():
+        loss_per_sample(unet, objective, batch, SEED)
+    handle.remove()
+    return inputs[0]
+
+
+@every_objective
+@pytest.mark.parametrize("noise", [Noise(), Noise(offset=0.5), Noise(pyramid=0.6)])
+def test_the_input_holds_the_very_noise_of_the_target(
+    make_tiny_unet: MakeUnet, make_batch: MakeBatch, name: str, noise: Noise
+) -> None:
+    """Offset noise that were in the input but not in the target would have to be guessed."""
+    objective, batch = OBJECTIVES[name], make_batch([1, 2, 3], noise=noise)
+    levels = objective.draw_levels(SEED, batch, SIZE_HW).levels
+    a, b = levels.a_B[:, None, None, None], levels.b_B[:, None, None, None]
+    input_BCHW = seen_input(make_tiny_unet(), objective, batch)
+    torch.testing.assert_close(input_BCHW - a * batch.latents_BCHW, b * batch.noise_BCHW, rtol=1e-5, atol=1e-6)
+
+
+def test_input_perturbation_is_in_the_input_and_not_in_the_target(
+    make_tiny_unet: MakeUnet, make_batch: MakeBatch
+) -> None:
+    batch, unet = make_batch([1, 2, 3]), make_tiny_unet()
+    objective = replace(OBJECTIVES["flow_matching"], input_noise=InputNoise(0.5))
+    levels = objective.draw_levels(SEED, batch, SIZE_HW).levels
+    a, b = levels.a_B[:, None, None, None], levels.b_B[:, None, None, None]
+    input_BCHW = seen_input(unet, objective, batch)
+    xi_BCHW = (input_BCHW - a * batch.latents_BCHW - b * batch.noise_BCHW) / (0.5 * b)
+    assert abs(float(xi_BCHW.mean())) < 5 / xi_BCHW.numel() ** 0.5
+    assert abs(float(xi_BCHW.std()) - 1) < 5 / (2 * xi_BCHW.numel()) ** 0.5
+    with torch.no_grad():
+        output = predict(unet, input_BCHW, levels.label_B, batch.conditioning)
+        losses = loss_per_sample(unet, objective, batch, SEED)
+    expected = (output - (batch.noise_BCHW - batch.latents_BCHW)).square().mean(dim=(1, 2, 3))
+    torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_activation_checkpointing_gives_the_same_gradients(make_tiny_unet: MakeUnet, make_batch: MakeBatch) -> None:
@@ -163,7 +213,7 @@ def test_the_timestep_embedding_gets_exact_float32_labels(
         unet.get_submodule(part).register_forward_pre_hook(lambda _, inputs, to=values: to.append(inputs[0].clone()))
     batch = make_batch(range(16))
     add_gradients(make_run(unet, 16, name, precision), [batch])
-    levels = OBJECTIVES[name].draw_levels(SEED, batch.visits, batch.sample_ids)
+    levels = OBJECTIVES[name].draw_levels(SEED, batch, SIZE_HW).levels
     (labels,), (sizes,) = seen["time_proj"], seen["add_time_proj"]
     assert labels.dtype == torch.float32
     assert torch.equal(labels, levels.label_B)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
@@ -15,16 +15,16 @@ from PIL import Image
 from torch import Tensor, nn
 
 from sdxl_training.assemble.folder import RunFolder
-from sdxl_training.assemble.parts import build_objective
+from sdxl_training.assemble.objective import build_objective
 from sdxl_training.config.load import load_config
-from sdxl_training.config.schema import Config
+from sdxl_training.config.schema import Config, Previews
 from sdxl_training.memory.precision import autocast
 from sdxl_training.model.export import export_diffusers, export_single_file, modelspec
 from sdxl_training.model.latents import decode_latents
 from sdxl_training.model.load import load_sdxl
 from sdxl_training.model.sdxl import SDXL, with_unet_weights
 from sdxl_training.model.text import caption_tokenizer, encode_text
-from sdxl_training.objectives.interchange import describe, facts, marker_keys, prediction_type, scheduler_config
+from sdxl_training.objectives import interchange
 from sdxl_training.objectives.objective import Objective
 from sdxl_training.records import UserError
 from sdxl_training.training.checkpoint import (
@@ -34,7 +34,7 @@ from sdxl_training.training.checkpoint import (
     load_checkpoint,
     newest_checkpoint,
 )
-from sdxl_training.training.preview import Painter, Picture, make_grid
+from sdxl_training.training.preview import Painter, Picture, Sampling, make_grid
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,11 @@ def build_painter(
         return encode_text(sdxl, *tokenize(prompts))
 
     return Painter(model, objective, encode_prompts, partial(decode_latents, sdxl.vae), precision, device)
+
+
+def sampling_of(previews: Previews) -> Sampling:
+    """Return how a run draws its previews."""
+    return Sampling(**{field.name: getattr(previews, field.name) for field in fields(Sampling)})
 
 
 def load_trained(run_dir: Path, step: int | None = None, use_ema: bool = True, device: str = "auto") -> TrainedModel:
@@ -95,9 +100,7 @@ def _find_checkpoint(folder: Path, step: int | None) -> Path:
 def draw_prompts(
     run_dir: Path,
     prompts: Sequence[str],
-    steps: int,
-    guidance: float,
-    seed: int,
+    sampling: Sampling,
     checkpoint: int | None = None,
     use_ema: bool = True,
     device: str = "auto",
@@ -105,18 +108,16 @@ def draw_prompts(
     """Draw one square picture a prompt, at the run's resolution, with the run's own objective. In fp32."""
     trained = load_trained(run_dir, checkpoint, use_ema, device)
     chosen = trained.sdxl.vae.device
-    objective = build_objective(trained.config)
+    objective = build_objective(trained.config, chosen)
     painter = build_painter(trained.sdxl, trained.sdxl.unet, objective, autocast("fp32", chosen), chosen)
     side = trained.config.data.resolution
-    return painter.paint(prompts, (side, side), steps, guidance, seed)
+    return painter.paint(prompts, (side, side), sampling)
 
 
 def sample(
     run_dir: Path,
     prompts: Sequence[str],
-    steps: int,
-    guidance: float,
-    seed: int,
+    previews: Previews,
     out: Path,
     checkpoint: int | None,
     use_ema: bool,
@@ -124,7 +125,7 @@ def sample(
     """Draw prompts to a PNG: one picture as it is, several as a grid with their prompts below."""
     if out.suffix.lower() != ".png":
         raise UserError(f"--out = {out}: pictures are written as PNG; give a name that ends in .png.")
-    pictures = draw_prompts(run_dir, prompts, steps, guidance, seed, checkpoint, use_ema)
+    pictures = draw_prompts(run_dir, prompts, sampling_of(previews), checkpoint, use_ema)
     sheet = Image.fromarray(pictures[0]) if len(pictures) == 1 else make_grid(pictures, prompts)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -143,13 +144,16 @@ def export(run_dir: Path, checkpoint: int | None, use_ema: bool, format: str, to
     if format == "single_file" and to.suffix != ".safetensors":
         raise UserError(f"--to = {to}: a single file is found by its ending; give a name that ends in .safetensors.")
     trained = load_trained(run_dir, checkpoint, use_ema, device="cpu")
-    objective, config = build_objective(trained.config), trained.config
+    config = trained.config
+    objective = build_objective(config, trained.sdxl.vae.device)
     if format == "diffusers":
-        export_diffusers(trained.sdxl, scheduler_config(objective), describe(objective), to)
+        export_diffusers(trained.sdxl, interchange.scheduler_config(objective), interchange.describe(objective), to)
     else:
         title = f"{config.global_config.run_name}, step {trained.step}"
         size_hw = (config.data.resolution, config.data.resolution)
-        standard = modelspec(title, prediction_type(objective), size_hw, datetime.now(timezone.utc))
-        export_single_file(trained.sdxl, marker_keys(objective), standard | facts(objective), to)
+        standard = modelspec(title, interchange.prediction_type(objective), size_hw, datetime.now(timezone.utc))
+        export_single_file(
+            trained.sdxl, interchange.marker_keys(objective), standard | interchange.facts(objective), to
+        )
     weights = "averaged weights" if trained.averaged else "weights"
-    print(f"{to}: {weights} of step {trained.step}. {describe(objective)}")
+    print(f"{to}: {weights} of step {trained.step}. {interchange.describe(objective)}")

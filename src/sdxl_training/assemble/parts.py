@@ -3,43 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sdxl_training.config.schema import Config, CosineSchedule, ExponentialEma, MinSnrLossWeight, min_snr_terminal
-from sdxl_training.objectives.densities import DENSITIES
-from sdxl_training.objectives.objective import Objective, make_objective
-from sdxl_training.objectives.weights import WEIGHTS, LossWeight, MinSNR
+from sdxl_training.config.objective import LearnedLossWeight
+from sdxl_training.config.schema import Config, CosineSchedule, ExponentialEma
 from sdxl_training.optim.averaging import ExponentialAverage, NoAverage, WeightAverage
 from sdxl_training.optim.loss_scale import DynamicLossScale, LossScale, NoLossScale
 from sdxl_training.optim.schedules import Constant, Cosine, Schedule
 from sdxl_training.optim.update import OPTIMIZERS, Update
 
 
-def build_objective(config: Config) -> Objective:
-    """Return the objective with its density and weight."""
-    training = config.training
-    density = DENSITIES[training.level_density.type](**training.level_density.model_dump(exclude={"type"}))
-    options = training.objective.model_dump(exclude={"type"})
-    return make_objective(training.objective.type, options, density, _build_weight(config))
+def build_update(config: Config, model: nn.Module, uncertainty: nn.Module, device: torch.device) -> Update:
+    """Return the optimizer with everything around it, for what is trainable in `model` on `device`.
 
-
-def _build_weight(config: Config) -> LossWeight:
-    weight = config.training.loss_weight
-    if isinstance(weight, MinSnrLossWeight):
-        return MinSNR(weight.gamma, min_snr_terminal(config.training.objective, weight), weight.minimum)
-    return WEIGHTS[weight.type]()
-
-
-def build_update(config: Config, model: nn.Module, device: torch.device) -> Update:
-    """Return the optimizer with everything around it, for what is trainable in `model` on `device`."""
+    The learned log-variance, where there is one, has a learning rate of its own and is neither clipped nor averaged.
+    """
     training = config.training
     parameters: dict[str, Tensor] = {name: value for name, value in model.named_parameters() if value.requires_grad}
+    beside = {f"uncertainty.{name}": value for name, value in uncertainty.named_parameters()}
     options = training.optimizer.model_dump(exclude={"type"})
+    groups: list[dict[str, Any]] = [{"params": [*parameters.values()]}]
+    if isinstance(training.loss_weight, LearnedLossWeight):
+        groups.append({"params": [*beside.values()], "peak": training.loss_weight.learning_rate, "weight_decay": 0.0})
     return Update(
         parameters=parameters,
-        optimizer=OPTIMIZERS[training.optimizer.type](parameters.values(), **options),
+        beside=beside,
+        optimizer=OPTIMIZERS[training.optimizer.type](groups, **options),
         learning_rate=training.optimizer.learning_rate,
         schedule=_build_schedule(config),
         loss_scale=_build_loss_scale(config, device),

@@ -90,9 +90,14 @@ def check_fits(checkpoint: Checkpoint, config: Config, plan: dict[str, str]) -> 
 
 
 def restore(run: Run, checkpoint: Checkpoint, progress: Progress) -> None:
-    """Put back what the update remembers: optimizer, averaged weights, loss scale."""
+    """Put back what the update and the objective remember: optimizer, averaged weights, loss scale, levels."""
     update, parts = run.update, checkpoint.parts
-    restore_optimizer(update.optimizer, update.parameters, parts.get("optimizer", {}))
+    parameters = {**update.parameters, **update.beside}
+    states = parts.get("optimizer", {})
+    restore_optimizer(
+        update.optimizer, parameters, {name: states[name] for name in states if name.split("/", 1)[1] in parameters}
+    )
+    _restore_objective(run, checkpoint, progress)
     if update.average.state():
         if "average" in parts:
             update.average.load(parts["average"])
@@ -102,12 +107,31 @@ def restore(run: Run, checkpoint: Checkpoint, progress: Progress) -> None:
         update.loss_scale.load(dict(parts["loss_scale"]))
 
 
+def _restore_objective(run: Run, checkpoint: Checkpoint, progress: Progress) -> None:
+    """Put back what the objective has learnt or remembers; what is new or has another size begins here."""
+    objective, parts = run.objective, checkpoint.parts
+    if list(objective.uncertainty.parameters()):
+        if "uncertainty" in parts:
+            objective.uncertainty.load_state_dict(dict(parts["uncertainty"]))
+        else:
+            progress.message("training.loss_weight: the checkpoint has no learned log-variance; it begins here")
+    remembered = objective.level_draw.state()
+    if {name: value.shape for name, value in parts.get("levels", {}).items()} == {
+        name: value.shape for name, value in remembered.items()
+    }:
+        objective.level_draw.load(parts.get("levels", {}))
+    elif remembered:
+        progress.message("training.level_density: the checkpoint has no such bins; adaptive levels begin here")
+
+
 def snapshot(run: Run, sdxl: SDXL, config: Config, step: int, plan: dict[str, str]) -> Checkpoint:
     """Return everything that has to be saved after `step` updates."""
     update = run.update
     parts = {
         "unet": sdxl.unet.state_dict(),
-        "optimizer": optimizer_tensors(update.optimizer, update.parameters),
+        "optimizer": optimizer_tensors(update.optimizer, {**update.parameters, **update.beside}),
+        "uncertainty": run.objective.uncertainty.state_dict(),
+        "levels": run.objective.level_draw.state(),
         "average": update.average.state(),
         "loss_scale": update.loss_scale.state(),
     }

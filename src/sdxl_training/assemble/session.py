@@ -10,7 +10,8 @@ from functools import partial
 
 from sdxl_training.assemble.dataset import Dataset, prepare_dataset
 from sdxl_training.assemble.folder import RunFolder
-from sdxl_training.assemble.parts import build_objective, build_update
+from sdxl_training.assemble.objective import build_coupling, build_noise, build_objective
+from sdxl_training.assemble.parts import build_update
 from sdxl_training.assemble.resume import check_fits, load_weights, restore
 from sdxl_training.config.schema import Config
 from sdxl_training.data.captions import CaptionRules, join_tags
@@ -68,6 +69,14 @@ class Session:
         batch = to_batch(raw, partial(encode_text, self.sdxl), self.group.device)
         return [batch] * self.config.training.accumulation
 
+    def first_batches(self, count: int) -> list[Batch]:
+        """Return `count` pictures of the largest bucket, or all of a smaller one; the same on every rank."""
+        plan, size = self.dataset.plan, self.config.training.batch_size
+        draws = [Draw(record, 0) for record in plan.by_bucket[plan.largest_bucket][:count]]
+        encode, device = partial(encode_text, self.sdxl), self.group.device
+        chunks = [draws[first : first + size] for first in range(0, len(draws), size)]
+        return [to_batch(self.micro_batches.collect(chunk), encode, device) for chunk in chunks]
+
 
 def open_session(
     config: Config, folder: RunFolder, group: Group, progress: Progress, checkpoint: Checkpoint | None, dry_run: bool
@@ -87,10 +96,11 @@ def open_session(
     if group.is_main:
         folder.write_quarantine(dataset.quarantined)
         _warn_of_long_captions(sdxl, dataset, config.data.captions.separator, progress)
+    objective = build_objective(config, group.device, dataset.schedule.global_batch)
     run = Run(
         model=group.wrap(sdxl.unet),
-        objective=build_objective(config),
-        update=build_update(config, sdxl.unet, group.device),
+        objective=objective,
+        update=build_update(config, sdxl.unet, objective.uncertainty, group.device),
         precision=autocast(training.precision, group.device),
         group=group,
         seed=config.global_config.seed,
@@ -119,6 +129,8 @@ def _micro_batches(config: Config, group: Group, sdxl: SDXL, dataset: Dataset) -
         keys=dataset.keys,
         weights=[1.0] * len(dataset.keys),
         read_latent=dataset.cache.read,
+        draw_noise=build_noise(config),
+        couple=build_coupling(config),
         tokenize=caption_tokenizer(sdxl),
         rules=CaptionRules(
             captions.separator, captions.shuffle, captions.keep_first, captions.tag_dropout, captions.caption_dropout

@@ -19,7 +19,7 @@ import transformers
 from rich.console import Console
 
 import sdxl_training
-from sdxl_training.assemble.drawing import build_painter
+from sdxl_training.assemble.drawing import build_painter, sampling_of
 from sdxl_training.assemble.folder import RunFolder, run_folder
 from sdxl_training.assemble.resume import find_start, snapshot
 from sdxl_training.assemble.session import Session, open_session
@@ -32,11 +32,14 @@ from sdxl_training.tracking.report import ReportFacts, write_report
 from sdxl_training.tracking.tracker import Trackers, open_trackers
 from sdxl_training.training.checkpoint import prune_checkpoints, require_space, save_checkpoint
 from sdxl_training.training.log import StepLog
+from sdxl_training.training.mismatch import judge, measure_fit
 from sdxl_training.training.preview import UnusablePictureError, make_grid
 from sdxl_training.training.step import add_gradients, train_step
 from sdxl_training.training.stop import StopRequest, stop_on_signals
 from sdxl_training.training.trainer import Action, Every
 from sdxl_training.training.trainer import train as make_updates
+
+PICTURES_TO_JUDGE_BY = 8
 
 
 def train(loaded: LoadedConfig, resume: str, dry_run: bool) -> None:
@@ -70,6 +73,7 @@ def train(loaded: LoadedConfig, resume: str, dry_run: bool) -> None:
         progress.message(_arithmetic(session, first_step))
         del checkpoint  # while its files are mapped, deleting them frees no disk space
         if first_step == 0:
+            check_base(session)
             rehearse(session)
         if dry_run:
             _try_updates(session)
@@ -126,6 +130,13 @@ def _arithmetic(session: Session, first_step: int) -> str:
     )
 
 
+def check_base(session: Session) -> None:
+    """Refuse to train a base model to predict what it was not trained to predict, unless that is wanted."""
+    run = session.run
+    fit = measure_fit(session.sdxl.unet, run.objective, session.first_batches(PICTURES_TO_JUDGE_BY), run.precision)
+    session.progress.message(judge(fit, session.config.training.objective.accept_mismatch))
+
+
 def rehearse(session: Session) -> None:
     """Do at once what would otherwise fail hours later: the largest bucket, a save, a preview. Learns nothing."""
     weights = sum(parameter.numel() * 4 for parameter in session.run.update.parameters.values())
@@ -135,6 +146,7 @@ def rehearse(session: Session) -> None:
         require_space(session.folder.path, weights * copies_of_weights, keep_last)
     add_gradients(session.run, session.largest_batch())
     session.run.update.optimizer.zero_grad(set_to_none=True)
+    session.run.objective.level_draw.forget()
     save(session, 0)
     draw_preview(session, 0, Trackers())
 
@@ -170,7 +182,7 @@ def draw_preview(session: Session, steps_done: int, trackers: Trackers) -> None:
     path = session.folder.sample(steps_done)
     with session.meter.paused(), run.update.average.swapped_in():
         try:
-            pictures = painter.paint(previews.prompts, (side, side), previews.steps, previews.guidance, previews.seed)
+            pictures = painter.paint(previews.prompts, (side, side), sampling_of(previews))
         except (torch.OutOfMemoryError, UnusablePictureError) as error:
             session.progress.message(f"step {steps_done}: no preview: {str(error).splitlines()[0]}")
             return

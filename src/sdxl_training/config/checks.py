@@ -4,25 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
-from sdxl_training.config.schema import (
-    Config,
-    Epsilon,
-    FlowMatching,
-    LogitNormalDensity,
-    MinSnrLossWeight,
-    VPrediction,
-    cache_folder,
-)
-
-
-class Finding(NamedTuple):
-    """A broken rule: the place to mend, the sentence, and the other places it was judged by."""
-
-    place: str
-    text: str
-    others: tuple[str, ...] = ()
+from sdxl_training.config.objective import FlowMatching
+from sdxl_training.config.objective_checks import OBJECTIVE_CHECKS
+from sdxl_training.config.problems import Finding
+from sdxl_training.config.schema import Config, cache_folder
 
 
 def sides_are_multiples_of_the_step(config: Config) -> Iterator[Finding]:
@@ -61,41 +47,6 @@ def warmup_fits_the_run(config: Config) -> Iterator[Finding]:
         yield Finding("training.schedule.warmup_steps", text, ("training.max_steps",))
 
 
-def density_fits_the_objective(config: Config) -> Iterator[Finding]:
-    """A logit-normal density is one of flow time."""
-    training = config.training
-    if isinstance(training.level_density, LogitNormalDensity) and not isinstance(training.objective, FlowMatching):
-        text = (
-            f"needs training.objective.type = flow_matching, not {training.objective.type}: "
-            "it is a density of flow time; use uniform"
-        )
-        yield Finding("training.level_density.type", text, ("training.objective.type",))
-
-
-def minimum_takes_effect(config: Config) -> Iterator[Finding]:
-    """Only the floor policy reads the least weight."""
-    weight = config.training.loss_weight
-    if not isinstance(weight, MinSnrLossWeight) or weight.terminal == "floor":
-        return
-    if weight.minimum != MinSnrLossWeight.model_fields["minimum"].default:
-        text = "has no effect unless training.loss_weight.terminal = floor; set that, or delete this line"
-        yield Finding("training.loss_weight.minimum", text, ("training.loss_weight.terminal",))
-
-
-def terminal_policy_means_something(config: Config) -> Iterator[Finding]:
-    """Each policy for SNR 0 needs an objective that has what it changes."""
-    objective, weight = config.training.objective, config.training.loss_weight
-    if not isinstance(weight, MinSnrLossWeight):
-        return
-    place, needed = "training.loss_weight.terminal", ("training.objective.type",)
-    if weight.terminal == "plus_one" and isinstance(objective, Epsilon):
-        yield Finding(place, "is not defined for epsilon, whose levels all have signal left; use official", needed)
-    trains_exactly_zero = isinstance(objective, VPrediction) and objective.zero_terminal_snr
-    if weight.terminal == "official_patched" and not trains_exactly_zero:
-        text = "has no effect: it changes SNR exactly 0, which only v_prediction with zero_terminal_snr trains"
-        yield Finding(place, f"{text}; use official or plus_one", needed)
-
-
 def run_and_cache_lie_apart(config: Config) -> Iterator[Finding]:
     """A run's folder must not be the cache's."""
     run = Path(config.global_config.output_dir).expanduser() / config.global_config.run_name
@@ -112,31 +63,30 @@ def previews_have_prompts(config: Config) -> Iterator[Finding]:
         yield Finding("global_config.previews.prompts", text, ("global_config.previews.every_steps",))
 
 
+def preview_grid_fits_the_objective(config: Config) -> Iterator[Finding]:
+    """A shift is one of the linear grid; timesteps are of those objectives that have a table."""
+    previews, objective = config.global_config.previews, config.training.objective
+    place = "global_config.previews"
+    linear = previews.grid == "linear" or (previews.grid == "auto" and isinstance(objective, FlowMatching))
+    if previews.shift != 1 and not linear:
+        text = f"has no effect with grid: {previews.grid} and {objective.type}; use grid: linear, or delete this line"
+        yield Finding(f"{place}.shift", text, (f"{place}.grid",))
+    if previews.grid in ("native", "trailing") and isinstance(objective, FlowMatching) and objective.mode == "raw":
+        text = "counts in SDXL's timesteps, which flow_matching in mode raw does not have; use linear or karras"
+        yield Finding(f"{place}.grid", text, ("training.objective",))
+
+
 CHECKS: tuple[Callable[[Config], Iterator[Finding]], ...] = (
     sides_are_multiples_of_the_step,
     sides_enclose_the_resolution,
     warmup_fits_the_run,
-    density_fits_the_objective,
-    minimum_takes_effect,
-    terminal_policy_means_something,
+    *OBJECTIVE_CHECKS,
     run_and_cache_lie_apart,
     previews_have_prompts,
+    preview_grid_fits_the_objective,
 )
 
 
 def findings(config: Config) -> list[Finding]:
     """Return every broken rule between settings."""
     return [finding for check in CHECKS for finding in check(config)]
-
-
-def notes(config: Config) -> list[str]:
-    """Return what is legal but worth a sentence before a long run."""
-    objective, weight = config.training.objective, config.training.loss_weight
-    if not (isinstance(objective, VPrediction) and objective.zero_terminal_snr):
-        return []
-    if isinstance(weight, MinSnrLossWeight) and weight.terminal == "official":
-        return [
-            "training.loss_weight.terminal = official weighs SNR 0 with exactly 0, so the level that zero_terminal_snr "
-            "adds is not trained; plus_one trains it."
-        ]
-    return []

@@ -139,7 +139,7 @@ def _unknown_key(schema: Schema, path: Path, tree: Node) -> str:
         owners = [name for name, option in _options(schema, family).items() if key in option["properties"]]
         if owners and node:
             reason = f"; {EPSILON_AT_SNR_0}" if (node.value, key) == ("epsilon", "zero_terminal_snr") else ""
-            return f"belongs to type: {' and '.join(owners)}, not to {node.value}{reason}"
+            return f"belongs to type: {_one_of(owners)}, not to {node.value}{reason}"
     if "." in key:
         return "unknown key; in a file write a dot as a section with its settings below"
     name = nearest_name(schema, path, list(_at(schema, tuple(parent), tree).get("properties", {})))

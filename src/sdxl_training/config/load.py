@@ -10,11 +10,13 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from sdxl_training.config.checks import Finding, findings
+from sdxl_training.config.checks import findings
 from sdxl_training.config.emit import yaml_inline
 from sdxl_training.config.explain import explain
-from sdxl_training.config.problems import ConfigError, Problem, shown
-from sdxl_training.config.schema import Config, MinSnrLossWeight, cache_folder, default_values, min_snr_terminal
+from sdxl_training.config.objective import MinSnrLossWeight, min_snr_terminal
+from sdxl_training.config.presets import PRESETS
+from sdxl_training.config.problems import ConfigError, Finding, Problem, shown
+from sdxl_training.config.schema import Config, cache_folder, default_values
 from sdxl_training.config.tree import (
     COMMAND_LINE,
     DEFAULT,
@@ -48,9 +50,10 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> LoadedConfig:
     Settings that null leaves open (terminal policy, cache folder) are filled in. Raises ConfigError with all problems.
     """
     problems: list[Problem] = []
-    tree = merge(tree_of(default_values(), DEFAULT), _read_chain(path, path, (), problems))
+    written, defaults = _read_chain(path, path, (), problems), tree_of(default_values(), DEFAULT)
     complete = not problems
-    tree = _with_overrides(tree, overrides, problems)
+    preset = _preset(_with_overrides(merge(defaults, written), overrides, []))
+    tree = _with_overrides(merge(merge(defaults, preset), written), overrides, problems)
     config, rejected = _validated(tree, complete=complete)
     problems += rejected
     if config is None or problems:
@@ -133,6 +136,13 @@ def _with_overrides(tree: Node, overrides: Sequence[str], problems: list[Problem
     return tree
 
 
+def _preset(tree: Node) -> Node:
+    """Return the settings of the preset that `tree` names; none for a name that is no preset, which is found later."""
+    node = tree.get(("training", "preset"))
+    settings = PRESETS.get(str(node.value), {}) if node else {}
+    return tree_of({"training": settings}, Origin(f"preset {node.value}" if node else ""))
+
+
 # --- checking ---------------------------------------------------------------------------------------------------------
 
 
@@ -204,7 +214,7 @@ def _origins(value: Any, tree: Node, path: TreePath = ()) -> Iterator[tuple[str,
 
 def _children(value: Any) -> list[tuple[str, Any]]:
     if isinstance(value, dict):
-        return list(value.items())
+        return sorted(value.items(), key=lambda item: item[0] != "type")
     if isinstance(value, (list, tuple)) and value and isinstance(value[0], dict):
         return [(str(position), child) for position, child in enumerate(value)]
     return []

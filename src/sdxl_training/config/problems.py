@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from sdxl_training.config.emit import yaml_inline
 from sdxl_training.config.tree import DEFAULT, Node, Origin
@@ -12,6 +13,14 @@ from sdxl_training.records import UserError
 
 WIDEST_VALUE = 40
 WIDEST_PLACE = 60
+
+
+class Finding(NamedTuple):
+    """A broken rule between settings: the place to mend, the sentence, and the other places it was judged by."""
+
+    place: str
+    text: str
+    others: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

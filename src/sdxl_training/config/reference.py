@@ -14,7 +14,7 @@ from pydantic_core import PydanticUndefined
 from sdxl_training.config.emit import yaml_inline
 from sdxl_training.config.schema import Config, Data, Source
 
-WIDTH = 120
+WIDTH = 112  # of 120: settings of a type that is not the default are commented out, which makes them longer
 EXAMPLE_SOURCE = Source(path="path/to/pictures")
 HEADER = """\
 # yaml-language-server: $schema=sdxl_training/config/config.schema.json
@@ -53,15 +53,29 @@ def _relaxed(part: Any) -> Any:
     }
 
 
-def _section(section: type[BaseModel], values: BaseModel | None, indent: str, *, top: bool = False) -> Iterator[str]:
-    for key, field in section.model_fields.items():
+def _section(
+    section: type[BaseModel],
+    values: BaseModel | None,
+    indent: str,
+    *,
+    top: bool = False,
+    others: bool = True,
+    known: type[BaseModel] = BaseModel,
+) -> Iterator[str]:
+    """Yield a section's lines, `type` first.
+
+    others: families also show the types that are not the default. known: the same settings there are not repeated.
+    """
+    for key, field in sorted(section.model_fields.items(), key=lambda item: item[0] != "type"):
+        if key in known.model_fields and known.model_fields[key].description == field.description:
+            continue
         value = getattr(values, key) if values is not None else field.default
         if top:
             yield ""
         if field.annotation is Data or value is PydanticUndefined:
             yield from _without_default(key, field, indent)
         elif isinstance(value, BaseModel):
-            yield from _block(key, field, value, indent)
+            yield from _block(key, field, value, indent, others)
         else:
             yield from _setting(key, field, value, indent)
 
@@ -78,13 +92,13 @@ def _without_default(key: str, field: FieldInfo, indent: str) -> Iterator[str]:
         yield from rest
 
 
-def _block(key: str, field: FieldInfo, value: BaseModel, indent: str) -> Iterator[str]:
+def _block(key: str, field: FieldInfo, value: BaseModel, indent: str, others: bool) -> Iterator[str]:
     yield from _comment(str(field.description), indent)
     yield f"{indent}{key}:"
     yield from _section(type(value), value, f"{indent}  ")
-    for option in get_args(field.annotation):
+    for option in get_args(field.annotation) if others else ():
         if option is not type(value):
-            first, *rest = _section(option, option(), "")
+            first, *rest = _section(option, option(), "", others=False, known=type(value))
             yield f"{indent}  # {first}"
             yield from (f"{indent}  # {line}" for line in rest)
 

@@ -9,20 +9,29 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, Strict
+from pydantic import Field, Strict
 
-Fraction = Annotated[float, Field(ge=0, le=1)]
+from sdxl_training.config.levels import LevelDensity, LevelShift, NoLevelShift, UniformDensity
+from sdxl_training.config.objective import (
+    Coupling,
+    Epsilon,
+    IndependentCoupling,
+    LossShape,
+    LossWeight,
+    MeanSquaredShape,
+    NoiseShape,
+    NoLossWeight,
+    Objective,
+    Preset,
+)
+from sdxl_training.config.section import Fraction, Section
+
+Sampler = Literal["euler", "ddim", "heun", "dpmpp_2m"]
+Grid = Literal["auto", "native", "trailing", "karras", "linear"]
 Beta = Annotated[float, Field(ge=0, lt=1)]
-Terminal = Literal["official", "official_patched", "plus_one", "floor"]
 FOLDER_NAME = r"^[^\s./\\][^/\\\x00-\x1f]*$"
 DEVICE = r"^(auto|cpu|cuda(:[0-9]+)?)$"
 EXTENSION = r"^\.[A-Za-z0-9_]+$"
-
-
-class Section(BaseModel):
-    """Settings are strict (no text for numbers), frozen and complete: an unknown key is an error."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 # --- global_config ---------------------------------------------------------------------------------------------------
@@ -51,8 +60,18 @@ class Previews(Section):
     prompts: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Strict(False)] = Field(
         default=PREVIEW_PROMPTS, description="One picture of the grid for each prompt."
     )
-    steps: int = Field(default=28, ge=1, description="Sampler steps of one picture.")
+    steps: int = Field(default=28, ge=1, le=1000, description="Sampler steps of one picture.")
+    sampler: Sampler = Field(
+        default="euler", description="How a step is made; ddim is euler by its other name, heun evaluates twice."
+    )
+    grid: Grid = Field(
+        default="auto", description="Noise levels that are visited; auto is what the objective is usually drawn with."
+    )
+    shift: float = Field(default=1.0, gt=0, description="Factor on sigma in the linear grid; above 1 dwells on noise.")
     guidance: float = Field(default=5.0, ge=1, description="Classifier-free guidance scale; 1 means no guidance.")
+    guidance_rescale: Fraction = Field(
+        default=0.0, description="Share of guidance's gain in contrast that is taken back (Lin et al. 2023)."
+    )
     seed: int = Field(default=0, ge=0, description="Seed of the noise the pictures start from.")
 
 
@@ -117,62 +136,6 @@ class Model(Section):
 # --- training --------------------------------------------------------------------------------------------------------
 
 
-class Epsilon(Section):
-    """Predict the noise (Ho et al. 2020): what SDXL itself was trained with."""
-
-    type: Literal["epsilon"] = Field(default="epsilon", description="Predict the noise.")
-
-
-class VPrediction(Section):
-    """Predict v = a eps - b x0 (Salimans & Ho 2022)."""
-
-    type: Literal["v_prediction"] = Field(default="v_prediction", description="Predict v = a eps - b x0.")
-    zero_terminal_snr: bool = Field(
-        default=True, description="Whether the last level is pure noise (Lin et al. 2023, algorithm 1)."
-    )
-
-
-class FlowMatching(Section):
-    """Predict noise minus data on straight paths (Lipman et al. 2023; Liu et al. 2023)."""
-
-    type: Literal["flow_matching"] = Field(
-        default="flow_matching", description="Predict noise minus data on straight paths."
-    )
-
-
-class UniformDensity(Section):
-    """Every noise level equally often."""
-
-    type: Literal["uniform"] = Field(default="uniform", description="Every level equally often.")
-
-
-class LogitNormalDensity(Section):
-    """Flow time t = sigmoid(normal) (Esser et al. 2024, equation 19)."""
-
-    type: Literal["logit_normal"] = Field(default="logit_normal", description="Flow time = sigmoid of a normal number.")
-    mean: float = Field(default=0.0, description="Mean of the normal number; above 0 means more noise.")
-    std: float = Field(default=1.0, gt=0, description="Standard deviation of the normal number.")
-
-
-class NoLossWeight(Section):
-    """The objective's own weight."""
-
-    type: Literal["none"] = Field(default="none", description="The objective's own weight.")
-
-
-class MinSnrLossWeight(Section):
-    """min(SNR, gamma) in x0 space (Hang et al. 2023)."""
-
-    type: Literal["min_snr"] = Field(default="min_snr", description="Weight min(SNR, gamma) in x0 space.")
-    gamma: float = Field(default=5.0, gt=0, description="SNR above which the weight stops growing.")
-    terminal: Terminal | None = Field(
-        default=None,
-        description="Weight at SNR 0: official, official_patched, plus_one or floor; "
-        "null: plus_one where SNR 0 is trained, else official.",
-    )
-    minimum: Fraction = Field(default=0.01, description="Least weight; only terminal: floor uses it.")
-
-
 class AdamW(Section):
     """AdamW (Loshchilov & Hutter 2019)."""
 
@@ -235,9 +198,6 @@ class Ddp(Section):
 
 
 Optimizer = AdamW | Sgd
-Objective = Epsilon | VPrediction | FlowMatching
-LevelDensity = UniformDensity | LogitNormalDensity
-LossWeight = NoLossWeight | MinSnrLossWeight
 Schedule = CosineSchedule | ConstantSchedule
 Ema = NoEma | ExponentialEma
 
@@ -245,21 +205,37 @@ Ema = NoEma | ExponentialEma
 class Training(Section):
     """How the model is trained. A step is one optimizer update."""
 
+    preset: Preset | None = Field(
+        default=None,
+        description="A published recipe that fills in what is not set here: nai_v3, nyaflow, sd3_flow, edm, sdxl_base.",
+    )
     objective: Objective = Field(
-        default=VPrediction(),
+        default=Epsilon(),
         discriminator="type",
-        description="What the U-Net learns to predict. v_prediction with zero terminal SNR is the default because it "
-        "is the best understood way to let SDXL see pure noise: it starts from SDXL's own schedule and time labels, "
-        "and stock samplers can draw from the result. Flow matching has to relearn labels and input scale.",
+        description="What the U-Net learns to predict. The default is what SDXL base predicts, so that fine-tuning "
+        "begins where the base ended; a switch needs accept_mismatch and a longer training.",
     )
     level_density: LevelDensity = Field(
         default=UniformDensity(), discriminator="type", description="How often each noise level is trained."
     )
+    level_shift: LevelShift = Field(
+        default=NoLevelShift(), discriminator="type", description="A factor on sigma, for large pictures."
+    )
+    stratified_levels: bool = Field(
+        default=False, description="Whether the levels of an update are spread evenly over the density."
+    )
     loss_weight: LossWeight = Field(
-        default=MinSnrLossWeight(),
+        default=NoLossWeight(),
         discriminator="type",
-        description="How much each noise level counts. "
-        "min_snr keeps the easy low-noise levels from drowning the others.",
+        description="How much each noise level counts. none is the objective as published; min_snr keeps the easy "
+        "low-noise levels from drowning the others.",
+    )
+    loss_shape: LossShape = Field(
+        default=MeanSquaredShape(), discriminator="type", description="What becomes of one element's error."
+    )
+    noise: NoiseShape = Field(default=NoiseShape(), description="Noise that is not plain standard normal.")
+    coupling: Coupling = Field(
+        default=IndependentCoupling(), discriminator="type", description="Which noise belongs to which picture."
     )
     optimizer: Optimizer = Field(
         default=AdamW(), discriminator="type", description="What turns gradients into updates."
@@ -372,19 +348,6 @@ class Config(Section):
     training: Training = Field(default=Training(), description="How it is trained. A step is one optimizer update.")
     data: Data = Field(description="Which pictures, at what sizes, with what captions.")
     tag_weighting: NoTagWeighting = Field(default=NoTagWeighting(), description="Weights of pictures by their tags.")
-
-
-def min_snr_terminal(objective: Objective, weight: MinSnrLossWeight) -> Terminal:
-    """Return the chosen terminal policy, or the one that null stands for.
-
-    The published formula gives SNR 0 no weight, so it is not used where that level is trained: v-prediction with zero
-    terminal SNR, and flow matching, whose path ends in pure noise.
-    """
-    if weight.terminal is not None:
-        return weight.terminal
-    if isinstance(objective, VPrediction):
-        return "plus_one" if objective.zero_terminal_snr else "official"
-    return "plus_one" if isinstance(objective, FlowMatching) else "official"
 
 
 def cache_folder(config: Config) -> str:

@@ -10,7 +10,7 @@ import multiprocessing
 import signal
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from multiprocessing.util import Finalize
 
@@ -25,6 +25,10 @@ from sdxl_training.records import Batch, Conditioning, CropPlan, Draw, ImageReco
 from sdxl_training.rng import Stream, numpy_generator, torch_generator
 
 ReadLatent = Callable[[str], tuple[Tensor, Tensor]]
+DrawNoise = Callable[[Tensor, int, int, int], Tensor]
+"""(latent_CHW, seed, visit, sample id) -> noise_CHW, float32."""
+Couple = Callable[[Tensor, Tensor, Sequence[Sequence[str]]], Tensor]
+"""(latents_GCHW, noise_GCHW, tags of each caption) of a global batch -> which noise each sample gets, G integers."""
 Tokenize = Callable[[list[str]], tuple[Tensor, Tensor]]
 EncodeText = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -35,11 +39,12 @@ PREFETCHED_STEPS = 2
 class RawBatch:
     """A micro-batch as workers make it: CPU tensors, captions still as token ids.
 
-    latents_BCHW: drawn from the posterior, scaled, fp32. ids_1_BL, ids_2_BL: token ids of the two text encoders.
-    keep_B: False where the caption is dropped. time_ids_B6 and weight_B: fp32.
+    latents_BCHW: drawn from the posterior, scaled, fp32. noise_BCHW: fp32. ids_1_BL, ids_2_BL: token ids of the two
+    text encoders. keep_B: False where the caption is dropped. time_ids_B6 and weight_B: fp32.
     """
 
     latents_BCHW: Tensor
+    noise_BCHW: Tensor
     ids_1_BL: Tensor
     ids_2_BL: Tensor
     keep_B: Tensor
@@ -47,12 +52,15 @@ class RawBatch:
     weight_B: Tensor
     sample_ids: tuple[int, ...]
     visits: tuple[int, ...]
+    step: int
+    slots: tuple[int, ...]
 
     def pin_memory(self) -> RawBatch:
         """Return the batch in page-locked memory, from which copies to a GPU do not block."""
         return replace(
             self,
             latents_BCHW=self.latents_BCHW.pin_memory(),
+            noise_BCHW=self.noise_BCHW.pin_memory(),
             ids_1_BL=self.ids_1_BL.pin_memory(),
             ids_2_BL=self.ids_2_BL.pin_memory(),
             keep_B=self.keep_B.pin_memory(),
@@ -69,7 +77,7 @@ class MicroBatches(Dataset[RawBatch]):
     micro-batches and ranks never changes which samples an update sees.
 
     records, plans, keys and weights are parallel: picture, its preparation, its latent's name for `read_latent`, its
-    loss weight.
+    loss weight. With `couple`, noise changes hands within the global batch; each process then reads all its latents.
     """
 
     schedule: BatchSchedule
@@ -78,6 +86,7 @@ class MicroBatches(Dataset[RawBatch]):
     keys: Sequence[str]
     weights: Sequence[float]
     read_latent: ReadLatent
+    draw_noise: DrawNoise
     tokenize: Tokenize
     rules: CaptionRules
     seed: int
@@ -85,6 +94,8 @@ class MicroBatches(Dataset[RawBatch]):
     accumulation: int = 1
     rank: int = 0
     world_size: int = 1
+    couple: Couple | None = None
+    _coupled: dict[int, Tensor] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         samples = self.batch_size * self.accumulation * self.world_size
@@ -94,18 +105,24 @@ class MicroBatches(Dataset[RawBatch]):
             )
 
     def __getitem__(self, position: int) -> RawBatch:
-        """Return micro-batch `position`; raises UserError, naming the picture, where a latent cannot be read."""
+        """Return micro-batch `position`; raises UserError, naming the picture, where a latent cannot be used."""
         step, micro = divmod(position, self.accumulation)
         _, draws = self.schedule.batch_at(step)
         first = (micro * self.world_size + self.rank) * self.batch_size
-        return self.collect(draws[first : first + self.batch_size])
+        slots = slice(first, first + self.batch_size)
+        noise_BCHW = None if self.couple is None else self._coupled_noise(step, draws)[slots]
+        return self.collect(draws[slots], step, first, noise_BCHW)
 
-    def collect(self, draws: Sequence[Draw]) -> RawBatch:
-        """Return the batch of these draws, all of one bucket."""
+    def collect(
+        self, draws: Sequence[Draw], step: int = 0, first_slot: int = 0, noise_BCHW: Tensor | None = None
+    ) -> RawBatch:
+        """Return the batch of these draws, all of one bucket; each with its own noise where none is given."""
         captions = [self._caption(draw) for draw in draws]
         ids_1_BL, ids_2_BL = self.tokenize([caption or "" for caption in captions])
+        latents_BCHW = torch.stack([self._latent(draw) for draw in draws])
         return RawBatch(
-            latents_BCHW=torch.stack([self._latent(draw) for draw in draws]),
+            latents_BCHW=latents_BCHW,
+            noise_BCHW=self._noise(draws, latents_BCHW) if noise_BCHW is None else noise_BCHW,
             ids_1_BL=ids_1_BL,
             ids_2_BL=ids_2_BL,
             keep_B=torch.tensor([caption is not None for caption in captions]),
@@ -113,7 +130,28 @@ class MicroBatches(Dataset[RawBatch]):
             weight_B=torch.tensor([self.weights[draw.record] for draw in draws], dtype=torch.float32),
             sample_ids=tuple(self.records[draw.record].sample_id for draw in draws),
             visits=tuple(draw.visit for draw in draws),
+            step=step,
+            slots=tuple(range(first_slot, first_slot + len(draws))),
         )
+
+    def _noise(self, draws: Sequence[Draw], latents_BCHW: Tensor) -> Tensor:
+        noise = [
+            self.draw_noise(latent_CHW, self.seed, draw.visit, self.records[draw.record].sample_id)
+            for draw, latent_CHW in zip(draws, latents_BCHW, strict=True)
+        ]
+        return torch.stack(noise)
+
+    def _coupled_noise(self, step: int, draws: Sequence[Draw]) -> Tensor:
+        """Return the global batch's noise in its new order; kept for the step's other micro-batches."""
+        if self.couple is None:
+            raise ValueError("there is no coupling")
+        if step not in self._coupled:
+            latents_GCHW = torch.stack([self._latent(draw) for draw in draws])
+            noise_GCHW = self._noise(draws, latents_GCHW)
+            tags = [self.records[draw.record].tags for draw in draws]
+            self._coupled.clear()
+            self._coupled[step] = noise_GCHW[self.couple(latents_GCHW, noise_GCHW, tags)]
+        return self._coupled[step]
 
     def _caption(self, draw: Draw) -> str | None:
         record = self.records[draw.record]
@@ -128,7 +166,13 @@ class MicroBatches(Dataset[RawBatch]):
         except (KeyError, OSError, UserError) as error:
             raise UserError(f"{record.path}: its cached latent cannot be read: {error}") from error
         generator = torch_generator(self.seed, Stream.POSTERIOR, draw.visit, record.sample_id)
-        return mean_CHW + std_CHW * torch.randn(mean_CHW.shape, generator=generator)
+        latent_CHW = mean_CHW + std_CHW * torch.randn(mean_CHW.shape, generator=generator)
+        if not latent_CHW.isfinite().all():
+            raise UserError(
+                f"{record.path}: its cached latent holds values that are not finite. Delete the cache, so that it is "
+                "encoded anew, or take the picture out of the data set."
+            )
+        return latent_CHW
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,8 +267,11 @@ def to_batch(raw: RawBatch, encode_text: EncodeText, device: torch.device) -> Ba
     )
     return Batch(
         latents_BCHW=raw.latents_BCHW.to(device, non_blocking=True),
+        noise_BCHW=raw.noise_BCHW.to(device, non_blocking=True),
         conditioning=conditioning,
         weight_B=raw.weight_B.to(device, non_blocking=True),
         sample_ids=raw.sample_ids,
         visits=raw.visits,
+        step=raw.step,
+        slots=raw.slots,
     )

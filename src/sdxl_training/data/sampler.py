@@ -1,9 +1,10 @@
 """Which pictures make up which update: a pure function of (seed, step), so resuming is a look-up.
 
 Bucket b has n_b slots (its records times their repeats). Its stream is the endless concatenation of permutations of the
-slots, one for each round e = 0, 1, 2, ..., drawn from (seed, ORDER, e, b). Its j-th global batch is stream[jG : (j+1)G]
-with G the global batch size. Epoch e consists of the batches floor(e n_b / G) .. floor((e+1) n_b / G) - 1 of every
-bucket, in an order drawn from (seed, BUCKET_ORDER, e).
+slots, one for each round e = 0, 1, 2, ..., drawn from (seed, ORDER, e, b). Its j-th global batch is
+stream[j G_b : (j+1) G_b] with G_b the bucket's global batch size, the same for all or larger for smaller pictures.
+Epoch e consists of the batches floor(e n_b / G_b) .. floor((e+1) n_b / G_b) - 1 of every bucket, in an order drawn from
+(seed, BUCKET_ORDER, e).
 
 So every remainder carries over exactly, nothing is dropped, a bucket smaller than a batch is trained too, and how many
 steps come before an epoch is arithmetic.
@@ -12,7 +13,8 @@ steps come before an epoch is arithmetic.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from fractions import Fraction
 from functools import lru_cache
 
 import numpy as np
@@ -24,27 +26,53 @@ from sdxl_training.rng import Stream, numpy_generator
 Integers = NDArray[np.int64]
 
 
+def batch_sizes(buckets: Iterable[Bucket], pixels_per_batch: int, parts: int) -> dict[Bucket, int]:
+    """Return the global batch of each bucket: `parts` micro-batches of at most `pixels_per_batch` pixels each.
+
+    parts: accumulation x processes, so that all of them get equally many. A picture larger than that is a micro-batch
+    by itself.
+    """
+    return {bucket: parts * max(1, pixels_per_batch // (bucket.size_hw[0] * bucket.size_hw[1])) for bucket in buckets}
+
+
+def slots_of_part(global_batch: int, part: int, parts: int) -> range:
+    """Return the places in a global batch that micro-batch `part` of `parts` takes: equal shares, in order.
+
+    Raises ValueError where the shares would not be equal.
+    """
+    if global_batch % parts:
+        raise ValueError(f"{global_batch} pictures cannot be shared equally among {parts} micro-batches")
+    size = global_batch // parts
+    return range(part * size, (part + 1) * size)
+
+
 class BatchSchedule:
     """The endless sequence of global batches, each of one bucket.
 
-    buckets: record numbers in each bucket. repeats: for each record number, how often it counts in an epoch. Raises
-    ValueError without pictures or with a global batch below 1.
+    buckets: record numbers in each bucket. repeats: for each record number, how often it counts in an epoch.
+    global_batch: pictures in an update, one number or one for each bucket. Raises ValueError without pictures or with a
+    global batch below 1.
     """
 
     def __init__(
-        self, buckets: Mapping[Bucket, Sequence[int]], repeats: Sequence[int], seed: int, global_batch: int
+        self,
+        buckets: Mapping[Bucket, Sequence[int]],
+        repeats: Sequence[int],
+        seed: int,
+        global_batch: int | Mapping[Bucket, int],
     ) -> None:
-        if global_batch < 1:
-            raise ValueError(f"global_batch must be at least 1, not {global_batch}")
         self._arguments = (buckets, repeats, seed, global_batch)
         self.seed = seed
-        self.global_batch = global_batch
         self.repeats = np.asarray(repeats, dtype=np.int64)
         self.buckets = tuple(bucket for bucket in sorted(buckets) if len(buckets[bucket]))
         self._members = [np.asarray(buckets[bucket], dtype=np.int64) for bucket in self.buckets]
         self._slots = [int(self.repeats[members].sum()) for members in self._members]
         if not self.buckets or min(self._slots) < 1:
             raise ValueError("a schedule needs at least one picture, and each at least one repeat")
+        self._sizes = [global_batch if isinstance(global_batch, int) else global_batch[b] for b in self.buckets]
+        if min(self._sizes) < 1:
+            raise ValueError(f"a global batch must hold at least 1 picture, not {min(self._sizes)}")
+        self._steps_an_epoch = sum(map(Fraction, self._slots, self._sizes), Fraction())
         # An epoch touches two rounds of each bucket that is not smaller than a batch, and workers are a little ahead.
         self._round = lru_cache(maxsize=3 * len(self.buckets))(self._draw_round)
         self._epoch = lru_cache(maxsize=2)(self._draw_epoch)
@@ -57,8 +85,23 @@ class BatchSchedule:
         """Return pictures times repeats."""
         return sum(self._slots)
 
+    @property
+    def steps_per_epoch(self) -> float:
+        """Return how many updates an epoch has on average; what does not fill a batch is carried over."""
+        return float(self._steps_an_epoch)
+
+    @property
+    def global_batch(self) -> int:
+        """Return the number of pictures in an update, or the largest where buckets differ."""
+        return max(self._sizes)
+
+    @property
+    def global_batches(self) -> dict[Bucket, int]:
+        """Return the number of pictures in an update of each bucket."""
+        return dict(zip(self.buckets, self._sizes, strict=True))
+
     def batch_at(self, step: int) -> tuple[Bucket, tuple[Draw, ...]]:
-        """Return bucket and `global_batch` draws of update `step` (0 is the first)."""
+        """Return bucket and draws of update `step` (0 is the first)."""
         epoch = self._epoch_containing(step)
         bucket_numbers, batch_numbers = self._epoch(epoch)
         place = step - self.steps_before_epoch(epoch)
@@ -66,7 +109,14 @@ class BatchSchedule:
 
     def steps_before_epoch(self, epoch: int) -> int:
         """Return how many updates epochs 0 .. epoch - 1 have together."""
-        return sum(epoch * slots // self.global_batch for slots in self._slots)
+        return sum(epoch * slots // size for slots, size in zip(self._slots, self._sizes, strict=True))
+
+    def images_before(self, step: int) -> int:
+        """Return how many pictures, repeats counted, updates 0 .. step - 1 draw together."""
+        epoch = self._epoch_containing(step)
+        whole = sum(epoch * slots // size * size for slots, size in zip(self._slots, self._sizes, strict=True))
+        begun = self._epoch(epoch)[0][: step - self.steps_before_epoch(epoch)]
+        return whole + int(np.asarray(self._sizes)[begun].sum())
 
     def epoch_of(self, step: int) -> float:
         """Return how many epochs are over before update `step`, with the fraction of the one under way."""
@@ -79,14 +129,14 @@ class BatchSchedule:
         if step < 0:
             raise ValueError(f"step must not be negative, not {step}")
         # Rounding down loses less than one batch a bucket, so the epoch lies between these two.
-        earliest = step * self.global_batch // self.images_per_epoch
-        latest = (step + len(self.buckets)) * self.global_batch // self.images_per_epoch + 1
+        earliest = step // self._steps_an_epoch
+        latest = (step + len(self.buckets)) // self._steps_an_epoch + 1
         return bisect_right(range(latest + 1), step, lo=earliest, key=self.steps_before_epoch) - 1
 
     def _draw_epoch(self, epoch: int) -> tuple[Integers, Integers]:
         """Return (bucket number, batch number within the bucket's stream) of each update of an epoch, in order."""
-        starts = [epoch * slots // self.global_batch for slots in self._slots]
-        ends = [(epoch + 1) * slots // self.global_batch for slots in self._slots]
+        starts = [epoch * slots // size for slots, size in zip(self._slots, self._sizes, strict=True)]
+        ends = [(epoch + 1) * slots // size for slots, size in zip(self._slots, self._sizes, strict=True)]
         counts = [end - start for start, end in zip(starts, ends, strict=True)]
         bucket_numbers = np.repeat(np.arange(len(self.buckets)), counts)
         batch_numbers = np.concatenate([np.arange(start, end) for start, end in zip(starts, ends, strict=True)])
@@ -104,10 +154,10 @@ class BatchSchedule:
         return np.stack([records[order], which[order]], axis=1)
 
     def _draws(self, bucket_number: int, batch_number: int) -> tuple[Bucket, tuple[Draw, ...]]:
-        slots = self._slots[bucket_number]
-        position, end = batch_number * self.global_batch, (batch_number + 1) * self.global_batch
+        slots, size = self._slots[bucket_number], self._sizes[bucket_number]
+        position, end = batch_number * size, (batch_number + 1) * size
         # A bucket smaller than a batch runs through many tiny rounds, which would crowd the others out of the cache.
-        round_of = self._round if slots >= self.global_batch else self._draw_round
+        round_of = self._round if slots >= size else self._draw_round
         draws: list[Draw] = []
         while position < end:
             round_number, offset = divmod(position, slots)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -41,6 +41,14 @@ class Group:
             value = value.clone()
             distributed.all_reduce(value)
         return value
+
+    def average_gradients(self, parameters: Iterable[Tensor]) -> None:
+        """Average the gradients of parameters that no wrapper averages, as DDP does for its own."""
+        if self.world_size > 1:
+            gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+            for gradient in gradients:
+                distributed.all_reduce(gradient)
+                gradient /= self.world_size
 
     def any(self, flag: bool) -> bool:
         """Return whether any rank's flag is set. Asked over gloo, on the CPU: the device is not waited for."""

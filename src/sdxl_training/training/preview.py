@@ -17,13 +17,40 @@ from torch import Tensor, nn
 
 from sdxl_training.model.architecture import LATENT_CHANNELS, VAE_FACTOR
 from sdxl_training.model.sdxl import predict
+from sdxl_training.objectives.grids import GRIDS, Grid, Linear, default_grid
 from sdxl_training.objectives.objective import Objective
+from sdxl_training.objectives.paths import NoisePath
 from sdxl_training.objectives.sampling import draw, guide
 from sdxl_training.records import Conditioning, SizeHW, UserError
 from sdxl_training.rng import Stream, torch_generator
 
 Picture = NDArray[numpy.uint8]
 """One picture, height x width x RGB."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How pictures are drawn: the knobs of `global_config.previews` that do not say what or when."""
+
+    steps: int
+    guidance: float
+    seed: int
+    sampler: str = "euler"
+    grid: str = "auto"
+    shift: float = 1.0
+    guidance_rescale: float = 0.0
+
+    def grid_for(self, path: NoisePath) -> Grid:
+        """Return the grid of this name; auto is the path's own. Raises UserError for a shift that has no effect."""
+        grid = default_grid(path) if self.grid == "auto" else GRIDS[self.grid]()
+        if isinstance(grid, Linear):
+            return Linear(self.shift)
+        if self.shift != 1:
+            raise UserError(
+                f"shift = {self.shift:g}: only the linear grid has one, and this model is drawn by another (grid = "
+                f"{self.grid}). Choose grid linear, or leave the shift out."
+            )
+        return grid
 
 
 class UnusablePictureError(UserError):
@@ -44,18 +71,18 @@ class Painter:
     precision: AbstractContextManager[object]
     device: torch.device
 
-    def paint(self, prompts: Sequence[str], size_hw: SizeHW, steps: int, guidance: float, seed: int) -> list[Picture]:
+    def paint(self, prompts: Sequence[str], size_hw: SizeHW, sampling: Sampling) -> list[Picture]:
         """Draw one picture a prompt. Picture i's noise comes from (seed, i) alone, whatever else is drawn with it."""
         pictures: list[Picture] = []
         for first in range(0, len(prompts), 16):
             chunk = prompts[first : first + 16]
-            noise_BCHW = torch.stack([prompt_noise(size_hw, seed, first + i) for i in range(len(chunk))])
-            pictures += self.paint_from(noise_BCHW.to(self.device), chunk, size_hw, steps, guidance)
+            noise_BCHW = torch.stack([prompt_noise(size_hw, sampling.seed, first + i) for i in range(len(chunk))])
+            pictures += self.paint_from(noise_BCHW.to(self.device), chunk, size_hw, sampling)
         return pictures
 
     @torch.no_grad()
     def paint_from(
-        self, noise_BCHW: Tensor, prompts: Sequence[str], size_hw: SizeHW, steps: int, guidance: float
+        self, noise_BCHW: Tensor, prompts: Sequence[str], size_hw: SizeHW, sampling: Sampling
     ) -> list[Picture]:
         """Draw prompts from given noise. The unconditional side is SDXL's own: zero text and zero pooled text."""
         text_BLD, pooled_BP = self.encode_prompts(prompts)
@@ -71,13 +98,14 @@ class Painter:
 
         def predict_guided(x_BCHW: Tensor, label_B: Tensor) -> Tensor:
             with self.precision:
-                if guidance == 1.0:
+                if sampling.guidance == 1.0:
                     return predict(self.model, x_BCHW, label_B, conditional)
                 output = predict(self.model, torch.cat([x_BCHW, x_BCHW]), torch.cat([label_B, label_B]), both)
             unconditional, with_prompt = output.float().chunk(2)
-            return guide(unconditional, with_prompt, guidance)
+            return guide(unconditional, with_prompt, sampling.guidance, sampling.guidance_rescale)
 
-        latents_BCHW = draw(predict_guided, self.objective, noise_BCHW, steps)
+        grid = sampling.grid_for(self.objective.path)
+        latents_BCHW = draw(predict_guided, self.objective, noise_BCHW, sampling.steps, sampling.sampler, grid)
         pixels_BCHW = self.decode(latents_BCHW).float().cpu()
         if not pixels_BCHW.isfinite().all():
             raise UnusablePictureError(

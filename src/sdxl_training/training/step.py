@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from sdxl_training.model.architecture import VAE_FACTOR
 from sdxl_training.model.sdxl import predict
-from sdxl_training.objectives.objective import Objective, noise_like
+from sdxl_training.objectives.objective import Objective
 from sdxl_training.optim.update import Update
 from sdxl_training.parallel.group import Group, set_grad_sync
 from sdxl_training.records import Batch, StepStats
@@ -36,12 +37,20 @@ class Run:
 
 
 def loss_per_sample(model: nn.Module, objective: Objective, batch: Batch, seed: int) -> Tensor:
-    """Return each sample's loss; noise and noise level come from (seed, visit, sample id) alone."""
-    levels = objective.draw_levels(seed, batch.visits, batch.sample_ids).to(batch.latents_BCHW.device)
-    eps_BCHW = noise_like(batch.latents_BCHW, seed, batch.visits, batch.sample_ids)
-    x_BCHW = objective.add_noise(batch.latents_BCHW, eps_BCHW, levels)
-    output_BCHW = predict(model, x_BCHW, levels.label_B, batch.conditioning)
-    return objective.loss_per_sample(output_BCHW, batch.latents_BCHW, eps_BCHW, levels)
+    """Return each sample's loss, and let adaptive levels take note of it.
+
+    Its noise level comes from (seed, visit, sample id), its stratum, and what adaptive levels have learnt.
+    """
+    height, width = batch.latents_BCHW.shape[-2:]
+    drawn = objective.draw_levels(seed, batch, (VAE_FACTOR * height, VAE_FACTOR * width))
+    drawn = drawn.to(batch.latents_BCHW.device)
+    input_noise_BCHW = objective.input_noise(batch.noise_BCHW, seed, batch.visits, batch.sample_ids)
+    x_BCHW = objective.add_noise(batch.latents_BCHW, input_noise_BCHW, drawn.levels)
+    output_BCHW = predict(model, x_BCHW, drawn.levels.label_B, batch.conditioning)
+    errors_B = objective.errors(output_BCHW, batch.latents_BCHW, batch.noise_BCHW, drawn.levels)
+    pulling_B = objective.uncertainty.scaled(errors_B * drawn.weight_B, drawn.log_sigma_B)
+    objective.level_draw.see(drawn.uniform_B, pulling_B)
+    return objective.losses(errors_B, drawn)
 
 
 def add_gradients(run: Run, micro_batches: Sequence[Batch]) -> Tensor:
@@ -59,6 +68,7 @@ def add_gradients(run: Run, micro_batches: Sequence[Batch]) -> Tensor:
         scaled = run.update.loss_scale.scale(loss * run.group.world_size)
         scaled.backward()  # type: ignore[no-untyped-call]
         total += loss.detach()
+    run.group.average_gradients(run.objective.uncertainty.parameters())
     return total
 
 
@@ -66,4 +76,5 @@ def train_step(run: Run, step: int, micro_batches: Sequence[Batch]) -> StepStats
     """Make update number `step`, counted from 0, from this rank's micro-batches of the global batch."""
     loss = add_gradients(run, micro_batches)
     grad_norm, skipped = run.update(step)
+    run.objective.level_draw.after_update(step, run.group.sum)
     return StepStats(loss, grad_norm, skipped)
