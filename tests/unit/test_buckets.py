@@ -1,13 +1,24 @@
-"""Buckets and crops against an independent enumeration and against what a crop must never do."""
+"""Lists of sizes against published ones; the choice of a bucket against its definition; what becomes of a data set."""
 
 import math
+import time
 from fractions import Fraction
 
+import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sdxl_training.data.buckets import make_buckets, plan_crop, plan_pictures
+from sdxl_training.data.bucket_lists import (
+    GENERATORS,
+    area_buckets,
+    buckets_at_resolutions,
+    listed_buckets,
+    novelai_buckets,
+    sdxl_buckets,
+)
+from sdxl_training.data.buckets import Fitting, assign_buckets, make_buckets, plan_crop, plan_pictures, plan_resolutions
+from sdxl_training.data.crops import Cut
 from sdxl_training.records import Bucket, ImageRecord, UserError
 
 # sd-scripts' list for 1024, 512..2048, step 64, as (width, height); the set is symmetric.
@@ -17,8 +28,17 @@ SDXL_33 = [
     (1088, 960), (1152, 896), (1216, 832), (1280, 768), (1344, 768), (1408, 704), (1472, 704), (1536, 640), (1600, 640),
     (1664, 576), (1728, 576), (1792, 576), (1856, 512), (1920, 512), (1984, 512), (2048, 512),
 ]  # fmt: skip
+# The sample output in the read-me of NovelAI's aspect ratio bucketing, as (width, height).
+NOVELAI_19 = [
+    (256, 1024), (320, 1024), (384, 1024), (384, 960), (384, 896), (448, 832), (512, 768), (512, 704), (512, 512),
+    (576, 640), (640, 576), (704, 512), (768, 512), (832, 448), (896, 384), (960, 384), (1024, 384), (1024, 320),
+    (1024, 256),
+]  # fmt: skip
 SDXL = make_buckets(1024, 64, 512, 2048)
 SMALL = make_buckets(64, 16, 32, 128)
+# Each shape at two sizes, so that every choice has exact ties.
+TWICE = (*SMALL, *(Bucket((2 * b.size_hw[0], 2 * b.size_hw[1])) for b in SMALL))
+THREE = buckets_at_resolutions(area_buckets, [512, 1024, 768], 64, 512, 2048)
 
 sides = st.integers(1, 6000)
 
@@ -27,9 +47,60 @@ def record(number: int, size_hw: tuple[int, int], repeats: int = 1) -> ImageReco
     return ImageRecord(number, f"/pictures/{number}.png", size_hw, f"{number:032x}", "a", ("a",), repeats)
 
 
-def test_sdxl_sizes_are_the_published_ones():
-    assert {bucket.size_hw for bucket in SDXL} == set(SDXL_33)
+def sizes_of(buckets) -> list[tuple[int, int]]:
+    return [bucket.size_hw for bucket in buckets]
+
+
+def test_generated_sizes_are_the_published_ones(oracles):
+    assert sizes_of(sdxl_buckets(1024, 64, 512, 2048)) == sorted(map(tuple, oracles["sdxl_buckets_hw"]))
+    assert set(sizes_of(SDXL)) == set(SDXL_33)
     assert len(make_buckets(1024, 64, 256, 1024)) == 25  # counted with sd-scripts
+    assert sizes_of(novelai_buckets(512, 64, 256, 1024)) == sorted((h, w) for w, h in NOVELAI_19)
+
+
+def test_sdxl_sizes_scale_exactly_or_not_at_all():
+    halves = sdxl_buckets(512, 32, 256, 1024)
+    assert sizes_of(halves) == [(h // 2, w // 2) for h, w in sizes_of(sdxl_buckets(1024, 64, 512, 2048))]
+    assert len(sdxl_buckets(768, 16, 384, 1536)) == 40
+    with pytest.raises(UserError, match=r"at resolution 768 are multiples of 48, which step_px = 64 does not divide"):
+        sdxl_buckets(768, 64, 384, 1536)
+
+
+@given(
+    name=st.sampled_from(sorted(GENERATORS)),
+    resolution=st.integers(1, 32),
+    step_px=st.sampled_from([8, 16, 32, 64]),
+    min_side=st.integers(1, 32),
+    max_side=st.integers(1, 64),
+)
+def test_every_generator_keeps_the_limits(name, resolution, step_px, min_side, max_side):
+    limits = (step_px * resolution, step_px, step_px * min_side, step_px * max_side)
+    try:
+        buckets = GENERATORS[name](*limits)
+    except UserError:
+        return
+    assert buckets == tuple(sorted(set(buckets)))
+    for height, width in sizes_of(buckets):
+        assert height % step_px == width % step_px == 0
+        assert limits[2] <= min(height, width) <= max(height, width) <= limits[3]
+        assert height * width <= limits[0] ** 2 * (1.5 if name == "novelai" else 1)
+
+
+def test_a_smaller_resolution_shrinks_the_limits_with_it():
+    assert [max(h * w for h, w in sizes_of(buckets)) for buckets in THREE] == [1024**2, 768**2, 512**2]
+    assert THREE[0] == SDXL
+    assert THREE[1] == area_buckets(768, 64, 384, 1536)
+    assert THREE[2] == area_buckets(512, 64, 256, 1024)
+    assert buckets_at_resolutions(area_buckets, [1024], 64, 512, 2048) == (SDXL,)
+
+
+def test_a_users_list_is_taken_as_it_is():
+    assert sizes_of(listed_buckets([[1216, 832], [512, 512], [1216, 832]])) == [(512, 512), (1216, 832)]
+    for wrong in ([1216, 830], [0, 64], [1024], [64, 64, 64]):
+        with pytest.raises(UserError, match=r"data\.buckets\.sizes\.1 = \[.*multiple of 8"):
+            listed_buckets([[64, 64], wrong])
+    with pytest.raises(UserError, match="empty"):
+        listed_buckets([])
 
 
 @given(
@@ -53,22 +124,6 @@ def test_buckets_are_exactly_the_widest_sizes_that_fit(resolution, step_px, min_
 
 
 @given(height=sides, width=sides, buckets=st.sampled_from([SDXL, SMALL]))
-def test_a_crop_covers_its_bucket_without_distortion_and_in_the_centre(height, width, buckets):
-    plan = plan_crop((height, width), buckets)
-    (resized_h, resized_w), (target_h, target_w), (top, left) = plan.resized_hw, plan.bucket.size_hw, plan.crop_tl
-    assert resized_h >= target_h
-    assert resized_w >= target_w
-    assert resized_h == target_h or resized_w == target_w, "more is cut than needed"
-    scale = max(Fraction(target_h, height), Fraction(target_w, width))
-    assert abs(resized_h - scale * height) <= Fraction(1, 2)
-    assert abs(resized_w - scale * width) <= Fraction(1, 2)
-    assert top == (resized_h - target_h) // 2
-    assert left == (resized_w - target_w) // 2
-    assert plan.time_ids == (height, width, top, left, target_h, target_w)
-    assert (plan.scale > 1) == (scale > 1)
-
-
-@given(height=sides, width=sides, buckets=st.sampled_from([SDXL, SMALL]))
 def test_the_bucket_is_the_nearest_by_log_aspect(height, width, buckets):
     chosen = plan_crop((height, width), buckets).bucket
 
@@ -76,6 +131,26 @@ def test_the_bucket_is_the_nearest_by_log_aspect(height, width, buckets):
         return abs(math.log(height / width) - math.log(bucket.aspect))
 
     assert distance(chosen) <= min(map(distance, buckets)) + 1e-12
+
+
+@given(
+    sizes=st.lists(st.tuples(sides, sides), max_size=30),
+    buckets=st.sampled_from([SDXL, SMALL, TWICE, TWICE[::-1], sdxl_buckets(1024, 64, 512, 2048)]),
+    factor=st.integers(1, 4),
+)
+def test_all_at_once_chooses_as_one_by_one(sizes, buckets, factor):
+    sizes += [(factor * bucket.size_hw[0], factor * bucket.size_hw[1]) for bucket in buckets]
+    heights, widths = zip(*sizes, strict=True)
+    numbers = assign_buckets(heights, widths, buckets)
+    assert [buckets[number] for number in numbers] == [plan_crop(size_hw, buckets).bucket for size_hw in sizes]
+
+
+def test_a_million_pictures_of_different_sizes_are_assigned_within_a_second():
+    heights_N, widths_N = np.divmod(np.arange(10**6), 1000) + np.array([[300], [301]])
+    began = time.process_time()
+    numbers_N = assign_buckets(heights_N, widths_N, sdxl_buckets(1024, 64, 512, 2048))
+    assert time.process_time() - began < 1
+    assert set(numbers_N.tolist()) == set(range(40))
 
 
 @given(height=sides, width=sides)
@@ -128,8 +203,66 @@ def test_small_pictures_are_left_out_by_name_or_enlarged():
 
 
 def test_nothing_left_is_an_error_with_a_remedy():
-    with pytest.raises(UserError, match=r"all 1 pictures are smaller.*small_pictures: upscale"):
+    with pytest.raises(UserError, match=r"none of the 1 pictures.*10x10 is smaller.*small_pictures: upscale"):
         plan_pictures([record(0, (10, 10))], SMALL, "leave_out")
+    with pytest.raises(UserError, match="there is no picture to plan"):
+        plan_pictures([], SMALL, "leave_out")
+
+
+@settings(deadline=None)
+@given(sizes=st.lists(st.tuples(sides, sides), min_size=1, max_size=20), each=st.booleans(), upscale=st.booleans())
+def test_a_picture_goes_to_the_largest_resolution_it_fills_or_to_each(sizes, each, upscale):
+    records = [record(number, size_hw) for number, size_hw in enumerate(sizes)]
+    fitting = Fitting("upscale" if upscale else "leave_out", "each" if each else "largest")
+    expected = []
+    for size_hw in sizes:
+        nearest = [plan_crop(size_hw, buckets).bucket for buckets in THREE]
+        filled = [b for b in nearest if size_hw[0] >= b.size_hw[0] and size_hw[1] >= b.size_hw[1]]
+        chosen = filled or nearest[-1:] * upscale
+        expected.append(chosen if each else chosen[:1])
+    if not any(expected):
+        with pytest.raises(UserError, match="none of the"):
+            plan_resolutions(records, THREE, fitting)
+        return
+    plan = plan_resolutions(records, THREE, fitting)
+    got = [[p.bucket for r, p in plan.prepared() if r.path == one.path] for one in records]
+    assert got == expected
+    assert [absent.record.sample_id for absent in plan.left_out] == [i for i, e in enumerate(expected) if not e]
+    for absent in plan.left_out:
+        assert f"smaller than its bucket {plan_crop(absent.record.size_hw, THREE[-1]).bucket} " in absent.reason
+    assert len({r.sample_id for r in plan.records}) == len(plan.records), "two appearances share their randomness"
+    first = {r.path: r.sample_id for r in reversed(plan.records)}
+    assert all(first[r.path] == r.sample_id for r in records if r.path in first)
+
+
+def test_one_resolution_is_planned_as_ever():
+    records = [record(number, (64 + 7 * number, 150 - 5 * number)) for number in range(10)]
+    assert plan_resolutions(records, [SMALL], Fitting("upscale")) == plan_pictures(records, SMALL, "upscale")
+    assert plan_pictures(records, SMALL, "upscale").plans == tuple(plan_crop(r.size_hw, SMALL) for r in records)
+
+
+def test_a_picture_that_would_lose_too_much_is_left_out_by_name():
+    records = [record(0, (64, 64)), record(1, (64, 640)), record(2, (70, 70))]
+    plan = plan_resolutions(records, [SMALL], Fitting("upscale", max_crop=0.5))
+    assert [kept.sample_id for kept in plan.records] == [0, 2]
+    assert plan.left_out[0].reason == "64x640 loses 60% of its area in its bucket 32x128 (more than 50%)"
+
+
+def test_variants_share_their_picture_and_bucket():
+    records = [record(number, (64 + number, 90)) for number in range(5)]
+    plan = plan_resolutions(records, [SMALL], Fitting("upscale"), Cut("random", variants=3, flip=True, seed=1))
+    assert [len({p.bucket for p in variants}) for variants in plan.variants] == [1] * 5
+    assert len(list(plan.prepared())) == sum(map(len, plan.variants)) > 10
+    assert plan.plans == tuple(variants[0] for variants in plan.variants)
+    assert plan.subset([3, 1]).variants == (plan.variants[3], plan.variants[1])
+    assert f"variants: {len(list(plan.prepared()))} latents of 5 pictures" in plan.describe()
+    assert "variants" not in plan_pictures(records, SMALL, "upscale").describe()
+
+
+def test_boxes_belong_to_their_pictures():
+    records = [record(number, (300, 64)) for number in range(3)]
+    plan = plan_resolutions(records, [SMALL], Fitting("upscale"), Cut("focus"), {1: (0, 0, 20, 64)})
+    assert [p.crop_tl for p in plan.plans] == [(11, 0), (0, 0), (11, 0)]
 
 
 def test_the_description_tells_what_happens_to_every_picture():
