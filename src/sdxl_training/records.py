@@ -118,7 +118,7 @@ class Batch:
     latents_BCHW: scaled latents, fp32. noise_BCHW: the noise of the targets, fp32. weight_B: loss weight per sample,
     mean 1 over the data set, fp32.
     sample_ids and visits: one integer a sample; together with the seed they fix the sample's randomness.
-    step and slots: the update, and the samples' places in its global batch; for what a global batch shares out.
+    step, slots and global_batch: the update, the samples' places in its global batch, and how many samples that has.
     """
 
     latents_BCHW: Tensor
@@ -129,6 +129,7 @@ class Batch:
     visits: tuple[int, ...]
     step: int
     slots: tuple[int, ...]
+    global_batch: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,11 +24,11 @@ from sdxl_training.objectives.noise import InputNoise, Noise
 from sdxl_training.objectives.objective import Objective, path_and_head
 from sdxl_training.objectives.shapes import SHAPES
 from sdxl_training.objectives.shifts import SHIFTS
-from sdxl_training.objectives.strata import Draws, IndependentDraws, StratifiedDraws
+from sdxl_training.objectives.strata import IndependentDraws, StratifiedDraws
 from sdxl_training.objectives.uncertainty import LogVariance, NoUncertainty
 
 
-def build_objective(config: Config, device: torch.device, global_batch: int = 1) -> Objective:
+def build_objective(config: Config, device: torch.device) -> Objective:
     """Return the objective with everything chosen for it; what it learns or remembers lives on `device`."""
     training, seed = config.training, config.global_config.seed
     path, head = path_and_head(training.objective.type, _options(training.objective))
@@ -43,7 +43,7 @@ def build_objective(config: Config, device: torch.device, global_batch: int = 1)
         density=density,
         loss_weight=_build_weight(training.objective, training.loss_weight, problem),
         shift=shift,
-        draws=_build_draws(config, global_batch),
+        draws=StratifiedDraws() if training.stratified_levels else IndependentDraws(),
         level_draw=level_draw,
         shape=SHAPES[training.loss_shape.type](**training.loss_shape.model_dump(exclude={"type"})),
         input_noise=InputNoise(training.noise.input_perturbation),
@@ -87,7 +87,3 @@ def _build_weight(objective: ObjectiveSection, weight: LossWeight, problem: weig
     if isinstance(weight, MinSnrLossWeight):
         options["terminal"] = min_snr_terminal(objective, weight)
     return weights.make_weight(weight.type, options, weight.normalise, problem)
-
-
-def _build_draws(config: Config, global_batch: int) -> Draws:
-    return StratifiedDraws(global_batch) if config.training.stratified_levels else IndependentDraws()

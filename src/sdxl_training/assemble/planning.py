@@ -7,12 +7,11 @@ from pathlib import Path
 
 from rich.console import Console
 
-from sdxl_training.assemble.dataset import find_pictures
+from sdxl_training.assemble.dataset import arithmetic, build_schedule, find_pictures
 from sdxl_training.config.load import LoadedConfig
 from sdxl_training.config.schema import cache_folder
 from sdxl_training.data.cache import projected_bytes
 from sdxl_training.data.demo_set import write_demo_set
-from sdxl_training.data.sampler import BatchSchedule
 from sdxl_training.tracking.progress import ConsoleProgress
 
 
@@ -22,17 +21,14 @@ def plan(loaded: LoadedConfig) -> None:
     found = find_pictures(config, ConsoleProgress(console))
     training, pictures = config.training, found.plan
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    global_batch = training.batch_size * training.accumulation * processes
-    repeats = [record.repeats for record in pictures.records]
-    schedule = BatchSchedule(pictures.by_bucket, repeats, config.global_config.seed, global_batch)
-    cache_mib = projected_bytes(pictures.plans, config.data.cache.posterior) / 2**20
+    schedule = build_schedule(config, pictures, processes)
+    cache_mib = projected_bytes((plan for _, plan in pictures.prepared()), config.data.cache.posterior) / 2**20
     lines = [
         pictures.describe(),
         f"unreadable: {len(found.quarantined)}",
-        f"batch_size {training.batch_size} x accumulation {training.accumulation} x processes {processes} "
-        f"= {global_batch} images a step, all of one bucket",
-        f"{schedule.images_per_epoch} images an epoch / {global_batch} = "
-        f"{schedule.images_per_epoch / global_batch:.1f} steps an epoch; what does not fill a batch is carried over",
+        f"{arithmetic(config, schedule, processes)}, all of one bucket",
+        f"{schedule.images_per_epoch} images an epoch = {schedule.steps_per_epoch:.1f} steps an epoch; what does not "
+        "fill a batch is carried over",
         f"{training.max_steps} steps = {schedule.epoch_of(training.max_steps):.2f} epochs",
         f"latent cache in {cache_folder(config)}: {cache_mib:,.1f} MiB when full",
     ]

@@ -16,6 +16,7 @@ from sdxl_training.assemble.resume import check_fits, load_weights, restore
 from sdxl_training.config.schema import Config
 from sdxl_training.data.captions import CaptionRules, join_tags
 from sdxl_training.data.loader import MicroBatches, open_loader, to_batch
+from sdxl_training.data.sampler import slots_of_part
 from sdxl_training.memory.checkpointing import recompute_activations
 from sdxl_training.memory.precision import autocast
 from sdxl_training.model.latents import encode_latents, vae_fingerprint
@@ -62,20 +63,23 @@ class Session:
                 yield [to_batch(raw, encode, device) for raw in raw_batches]
 
     def largest_batch(self) -> list[Batch]:
-        """Return micro-batches of the largest bucket, as many as an update has; for a rehearsal."""
-        plan = self.dataset.plan
-        record = plan.by_bucket[plan.largest_bucket][0]
-        raw = self.micro_batches.collect([Draw(record, 0)] * self.config.training.batch_size)
+        """Return micro-batches of the heaviest update, as many as an update has; for a rehearsal."""
+        bucket = self.dataset.heaviest_bucket
+        record, samples = self.dataset.plan.by_bucket[bucket][0], self.dataset.schedule.global_batches[bucket]
+        slots = slots_of_part(samples, 0, self.micro_batches.parts)
+        raw = self.micro_batches.collect([Draw(record, 0)] * len(slots), slots, samples)
         batch = to_batch(raw, partial(encode_text, self.sdxl), self.group.device)
         return [batch] * self.config.training.accumulation
 
     def first_batches(self, count: int) -> list[Batch]:
         """Return `count` pictures of the largest bucket, or all of a smaller one; the same on every rank."""
-        plan, size = self.dataset.plan, self.config.training.batch_size
-        draws = [Draw(record, 0) for record in plan.by_bucket[plan.largest_bucket][:count]]
+        bucket = self.dataset.heaviest_bucket
+        size = self.dataset.schedule.global_batches[bucket] // self.micro_batches.parts
+        draws = [Draw(record, 0) for record in self.dataset.plan.by_bucket[bucket][:count]]
         encode, device = partial(encode_text, self.sdxl), self.group.device
         chunks = [draws[first : first + size] for first in range(0, len(draws), size)]
-        return [to_batch(self.micro_batches.collect(chunk), encode, device) for chunk in chunks]
+        raw_batches = [self.micro_batches.collect(chunk, range(len(chunk)), len(draws)) for chunk in chunks]
+        return [to_batch(raw, encode, device) for raw in raw_batches]
 
 
 def open_session(
@@ -96,7 +100,7 @@ def open_session(
     if group.is_main:
         folder.write_quarantine(dataset.quarantined)
         _warn_of_long_captions(sdxl, dataset, config.data.captions.separator, progress)
-    objective = build_objective(config, group.device, dataset.schedule.global_batch)
+    objective = build_objective(config, group.device)
     run = Run(
         model=group.wrap(sdxl.unet),
         objective=objective,
@@ -104,7 +108,6 @@ def open_session(
         precision=autocast(training.precision, group.device),
         group=group,
         seed=config.global_config.seed,
-        samples_per_step=dataset.schedule.global_batch,
     )
     if checkpoint is not None:
         check_fits(checkpoint, config, dataset.fingerprint)
@@ -125,7 +128,7 @@ def _micro_batches(config: Config, group: Group, sdxl: SDXL, dataset: Dataset) -
     return MicroBatches(
         schedule=dataset.schedule,
         records=dataset.plan.records,
-        plans=dataset.plan.plans,
+        variants=dataset.plan.variants,
         keys=dataset.keys,
         weights=[1.0] * len(dataset.keys),
         read_latent=dataset.cache.read,
@@ -136,7 +139,6 @@ def _micro_batches(config: Config, group: Group, sdxl: SDXL, dataset: Dataset) -
             captions.separator, captions.shuffle, captions.keep_first, captions.tag_dropout, captions.caption_dropout
         ),
         seed=config.global_config.seed,
-        batch_size=config.training.batch_size,
         accumulation=config.training.accumulation,
         rank=group.rank,
         world_size=group.world_size,

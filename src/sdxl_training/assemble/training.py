@@ -19,6 +19,7 @@ import transformers
 from rich.console import Console
 
 import sdxl_training
+from sdxl_training.assemble.dataset import arithmetic
 from sdxl_training.assemble.drawing import build_painter, sampling_of
 from sdxl_training.assemble.folder import RunFolder, run_folder
 from sdxl_training.assemble.resume import find_start, snapshot
@@ -120,11 +121,10 @@ def _note_configuration(folder: RunFolder, loaded: LoadedConfig, first_step: int
 def _arithmetic(session: Session, first_step: int) -> str:
     """Say the step arithmetic in plain words."""
     training, schedule = session.config.training, session.dataset.schedule
-    epoch_steps = schedule.images_per_epoch / schedule.global_batch
     return (
         f"{len(session.dataset.plan.records)} pictures, {schedule.images_per_epoch} images an epoch with repeats; "
-        f"batch_size {training.batch_size} x accumulation {training.accumulation} x processes "
-        f"{session.group.world_size} = {schedule.global_batch} images a step; {epoch_steps:.1f} steps an epoch; "
+        f"{arithmetic(session.config, schedule, session.group.world_size)}; {schedule.steps_per_epoch:.1f} steps an "
+        "epoch; "
         f"{training.max_steps} steps = {schedule.epoch_of(training.max_steps):.1f} epochs"
         + (f"; going on at step {first_step}, epoch {schedule.epoch_of(first_step):.2f}" if first_step else "")
     )
@@ -230,14 +230,14 @@ def _step_log(session: Session, trackers: Trackers, show: Update) -> StepLog:
 
     def facts(steps_done: int) -> dict[str, float]:
         return {
-            "images": steps_done * schedule.global_batch,
+            "images": schedule.images_before(steps_done),
             "epoch": schedule.epoch_of(steps_done),
             "lr": update.learning_rate_at(steps_done - 1),
         }
 
     return StepLog(
         every_steps=session.config.global_config.tracking.log_every_steps,
-        images_per_step=schedule.global_batch,
+        images_before=schedule.images_before,
         max_skipped_in_a_row=session.config.training.max_skipped_in_a_row,
         tracker=trackers,
         meter=session.meter,

@@ -14,6 +14,8 @@ from sdxl_training.config.schema import Config, cache_folder
 def sides_are_multiples_of_the_step(config: Config) -> Iterator[Finding]:
     """Every bucket lies on the grid of step_px, so its limits must, too."""
     data = config.data
+    if data.buckets.generator == "list":
+        return
     step = data.buckets.step_px
     sides = {
         "data.resolution": data.resolution,
@@ -30,6 +32,8 @@ def sides_are_multiples_of_the_step(config: Config) -> Iterator[Finding]:
 def sides_enclose_the_resolution(config: Config) -> Iterator[Finding]:
     """The square bucket is one of the buckets."""
     data = config.data
+    if data.buckets.generator == "list":
+        return
     low, high = data.buckets.min_side_px, data.buckets.max_side_px
     if low > data.resolution:
         text = f"must be at most data.resolution = {data.resolution}, the side of the square bucket"
@@ -63,6 +67,47 @@ def previews_have_prompts(config: Config) -> Iterator[Finding]:
         yield Finding("global_config.previews.prompts", text, ("global_config.previews.every_steps",))
 
 
+def bucket_lists_fit(config: Config) -> Iterator[Finding]:
+    """Sizes come from one place, and lie on one grid."""
+    data, buckets = config.data, config.data.buckets
+    if (buckets.generator == "list") != bool(buckets.sizes):
+        text = (
+            "needs generator: list" if buckets.sizes else "must hold at least one [height, width] for generator: list"
+        )
+        yield Finding("data.buckets.sizes", text, ("data.buckets.generator",))
+    if buckets.generator == "list" and data.lower_resolutions:
+        text = "has no effect with generator: list; put all sizes into the list"
+        yield Finding("data.lower_resolutions", text, ("data.buckets.generator",))
+    if buckets.resolutions == "each" and not data.lower_resolutions:
+        text = "needs data.lower_resolutions: with one resolution each is the largest"
+        yield Finding("data.buckets.resolutions", text, ("data.lower_resolutions",))
+    for number, side in enumerate(data.lower_resolutions):
+        if side >= data.resolution or side % buckets.step_px:
+            text = f"must be below data.resolution = {data.resolution}, and a multiple of step_px = {buckets.step_px}"
+            yield Finding(f"data.lower_resolutions.{number}", text, ("data.resolution", "data.buckets.step_px"))
+    if buckets.generator == "sdxl":
+        for side in (data.resolution, *data.lower_resolutions):
+            if side % (16 * buckets.step_px):
+                text = f"sdxl at {side} needs a step_px that divides {side / 16:g}; choose one, or generator: area"
+                yield Finding("data.buckets.generator", text, ("data.resolution", "data.buckets.step_px"))
+
+
+def crop_variants_differ(config: Config) -> Iterator[Finding]:
+    """Only random crops differ from each other."""
+    crop = config.data.crop
+    if crop.variants > 1 and crop.position != "random":
+        text = f"has no effect with position: {crop.position}; set position: random, or delete this line"
+        yield Finding("data.crop.variants", text, ("data.crop.position",))
+
+
+def a_batch_of_pixels_holds_a_picture(config: Config) -> Iterator[Finding]:
+    """A micro-batch that is counted in pixels still holds one picture of the square bucket."""
+    pixels, least = config.training.pixels_per_batch, config.data.resolution**2
+    if pixels is not None and pixels < least:
+        text = f"must be at least data.resolution squared = {least}, one picture"
+        yield Finding("training.pixels_per_batch", text, ("data.resolution",))
+
+
 def preview_grid_fits_the_objective(config: Config) -> Iterator[Finding]:
     """A shift is one of the linear grid; timesteps are of those objectives that have a table."""
     previews, objective = config.global_config.previews, config.training.objective
@@ -84,6 +129,9 @@ CHECKS: tuple[Callable[[Config], Iterator[Finding]], ...] = (
     run_and_cache_lie_apart,
     previews_have_prompts,
     preview_grid_fits_the_objective,
+    bucket_lists_fit,
+    crop_variants_differ,
+    a_batch_of_pixels_holds_a_picture,
 )
 
 

@@ -26,6 +26,7 @@ from sdxl_training.config.objective import (
 )
 from sdxl_training.config.section import Fraction, Section
 
+Side = Annotated[int, Field(ge=8, multiple_of=8)]
 Sampler = Literal["euler", "ddim", "heun", "dpmpp_2m"]
 Grid = Literal["auto", "native", "trailing", "karras", "linear"]
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -244,6 +245,11 @@ class Training(Section):
         default=CosineSchedule(), discriminator="type", description="Learning rate over the run."
     )
     batch_size: int = Field(default=4, ge=1, description="Pictures per process and micro-batch.")
+    pixels_per_batch: Annotated[int, Field(ge=64)] | None = Field(
+        default=None,
+        description="Pixels per process and micro-batch in place of batch_size, so that small buckets take more "
+        "pictures; null: batch_size counts.",
+    )
     accumulation: int = Field(default=1, ge=1, description="Micro-batches whose gradients make one step.")
     max_steps: int = Field(default=10000, ge=1, description="Steps of the whole run, resumed or not.")
     precision: Literal["bf16", "fp32", "fp16"] = Field(
@@ -275,6 +281,14 @@ class Source(Section):
 class Buckets(Section):
     """Picture sizes; all pictures of a step share one."""
 
+    generator: Literal["area", "sdxl", "novelai", "list"] = Field(
+        default="area",
+        description="Which sizes there are: area fills resolution x resolution pixels, sdxl is SDXL's own 40, novelai "
+        "its published rule, list your own.",
+    )
+    sizes: Annotated[tuple[Annotated[tuple[Side, Side], Strict(False)], ...], Strict(False)] = Field(
+        default=(), description="Your own sizes as [height, width]; with generator: list only."
+    )
     step_px: int = Field(
         default=64, ge=8, multiple_of=8, description="Sides of a bucket are multiples of this many pixels."
     )
@@ -283,6 +297,26 @@ class Buckets(Section):
     small_pictures: Literal["leave_out", "upscale"] = Field(
         default="leave_out", description="What happens to pictures smaller than their bucket."
     )
+    resolutions: Literal["largest", "each"] = Field(
+        default="largest", description="With lower_resolutions: a picture goes to the largest it fills, or to each."
+    )
+    max_crop: float = Field(
+        default=1.0, gt=0, le=1, description="Pictures that would lose a larger share of their area are left out."
+    )
+
+
+class Crop(Section):
+    """What is cut out of a picture to make it its bucket's size."""
+
+    position: Literal["centre", "random"] = Field(default="centre", description="Where pictures are cut.")
+    variants: int = Field(
+        default=1, ge=1, description="Random crops kept of each picture; each is a latent, visits take turns."
+    )
+    flip: bool = Field(
+        default=False,
+        description="Whether every picture is trained mirrored, too; doubles the cache, and belies left and right.",
+    )
+    seed: int = Field(default=0, ge=0, description="Seed of random crops; another one encodes them anew.")
 
 
 class Captions(Section):
@@ -324,7 +358,11 @@ class Data(Section):
     resolution: int = Field(
         default=1024, ge=8, description="Side of the square bucket in pixels; no bucket has a larger area."
     )
+    lower_resolutions: Annotated[tuple[Side, ...], Strict(False)] = Field(
+        default=(), description="Further resolutions, for pictures that do not fill the first."
+    )
     buckets: Buckets = Field(default=Buckets(), description="Picture sizes; all pictures of a step share one.")
+    crop: Crop = Field(default=Crop(), description="What is cut out of a picture.")
     captions: Captions = Field(default=Captions(), description="Text files beside the pictures.")
     cache: Cache = Field(default=Cache(), description="Pictures encoded by the VAE, kept on disk.")
     workers: int = Field(

@@ -55,7 +55,7 @@ class CacheItem:
 def describe_plan(plan: CropPlan) -> str:
     """Return the preparation of the pixels as text, equal exactly where the prepared pixels are."""
     (height, width), (top, left) = plan.resized_hw, plan.crop_tl
-    return f"{height}x{width}+{top}+{left}>{plan.bucket}"
+    return f"{height}x{width}+{top}+{left}>{plan.bucket}" + (" mirrored" if plan.flipped else "")
 
 
 def latent_key(record: ImageRecord, plan: CropPlan, vae_fingerprint: str) -> str:
@@ -64,12 +64,9 @@ def latent_key(record: ImageRecord, plan: CropPlan, vae_fingerprint: str) -> str
     return hashlib.blake2b("\n".join(parts).encode(), digest_size=16).hexdigest()
 
 
-def cache_items(records: Iterable[ImageRecord], plans: Iterable[CropPlan], vae_fingerprint: str) -> list[CacheItem]:
-    """Return what the cache must hold for these pictures."""
-    return [
-        CacheItem(latent_key(record, plan, vae_fingerprint), record, plan)
-        for record, plan in zip(records, plans, strict=True)
-    ]
+def cache_items(prepared: Iterable[tuple[ImageRecord, CropPlan]], vae_fingerprint: str) -> list[CacheItem]:
+    """Return what the cache must hold for these pictures, each with a way in which it is prepared."""
+    return [CacheItem(latent_key(record, plan, vae_fingerprint), record, plan) for record, plan in prepared]
 
 
 def projected_bytes(plans: Iterable[CropPlan], posterior: Posterior, channels: int = 4) -> int:
@@ -229,12 +226,13 @@ def _origin(item: CacheItem) -> Origin:
 
 def _reasons(cache: LatentCache, missing: Iterable[CacheItem]) -> dict[str, str]:
     """Return for each missing key why it must be encoded, from what the cache knows of the same sample."""
-    wanted = {item.record.sample_id: item for item in missing}
+    missing = list(missing)
+    wanted = {item.record.sample_id for item in missing}
     known: dict[int, list[tuple[str, Origin]]] = {}
     for key, origin in cache.origins() if wanted else ():
         if origin.sample_id in wanted:
             known.setdefault(origin.sample_id, []).append((key, origin))
-    return {item.key: _reason(item, known.get(sample_id, [])) for sample_id, item in wanted.items()}
+    return {item.key: _reason(item, known.get(item.record.sample_id, [])) for item in missing}
 
 
 def _reason(item: CacheItem, known: Sequence[tuple[str, Origin]]) -> str:

@@ -19,8 +19,6 @@ Position = Literal["centre", "random", "focus"]
 Box = tuple[int, int, int, int]
 """(top, left, height, width) in pixels of the upright, unscaled picture."""
 
-# The sampler's ORDER has three coordinates, ours have one or two: no number is drawn twice.
-_STREAM = Stream.ORDER
 REMEMBERED = 2**14  # sizes of pictures
 
 
@@ -75,7 +73,7 @@ def centre_crop(original_hw: SizeHW, bucket: Bucket) -> CropPlan:
 def random_place(plan: CropPlan, seed: int, sample_id: int, variant: int) -> tuple[int, int]:
     """Return where to cut, drawn evenly from all places inside: a function of (seed, sample id, variant)."""
     (resized_h, resized_w), (target_h, target_w) = plan.resized_hw, plan.bucket.size_hw
-    number = derive_seed(seed, _STREAM, sample_id, variant)
+    number = derive_seed(seed, Stream.CROP, sample_id, variant)
     # A covering picture is cut along one side only, so one number serves both.
     return number % (resized_h - target_h + 1), number % (resized_w - target_w + 1)
 
@@ -136,12 +134,12 @@ def variant_of_visit(seed: int, sample_id: int, visit: int, count: int) -> int:
 
     They take turns, so every `count` visits in a row show each once; which comes first is drawn for each picture.
     """
-    return 0 if count == 1 else (visit + derive_seed(seed, _STREAM, sample_id)) % count
+    return 0 if count == 1 else (visit + derive_seed(seed, Stream.CROP, sample_id)) % count
 
 
 def sample_id_at(sample_id: int, bucket: Bucket) -> int:
     """Return the 63-bit sample id of a picture's further appearance in another bucket, with randomness of its own."""
-    return derive_seed(sample_id, _STREAM, *bucket.size_hw) >> 1
+    return derive_seed(sample_id, Stream.CROP, *bucket.size_hw) >> 1
 
 
 def _divide_rounded(numerator: int, denominator: int) -> int:

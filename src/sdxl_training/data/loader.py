@@ -20,7 +20,8 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from sdxl_training.data.captions import CaptionRules, augment
-from sdxl_training.data.sampler import BatchSchedule
+from sdxl_training.data.crops import variant_of_visit
+from sdxl_training.data.sampler import BatchSchedule, slots_of_part
 from sdxl_training.records import Batch, Conditioning, CropPlan, Draw, ImageRecord, UserError
 from sdxl_training.rng import Stream, numpy_generator, torch_generator
 
@@ -54,6 +55,7 @@ class RawBatch:
     visits: tuple[int, ...]
     step: int
     slots: tuple[int, ...]
+    global_batch: int
 
     def pin_memory(self) -> RawBatch:
         """Return the batch in page-locked memory, from which copies to a GPU do not block."""
@@ -74,23 +76,23 @@ class MicroBatches(Dataset[RawBatch]):
     """Micro-batch number step * accumulation + m of one rank, by number; made the same by any process.
 
     Micro-batch m of rank r takes slots [(m W + r) B, (m W + r + 1) B) of the global batch, so the split into
-    micro-batches and ranks never changes which samples an update sees.
+    micro-batches and ranks never changes which samples an update sees. B may differ between buckets.
 
-    records, plans, keys and weights are parallel: picture, its preparation, its latent's name for `read_latent`, its
-    loss weight. With `couple`, noise changes hands within the global batch; each process then reads all its latents.
+    records, variants, keys and weights are parallel: picture, the ways in which it is prepared, their latents' names
+    for `read_latent`, its loss weight. With `couple`, noise changes hands within the global batch; each process then
+    reads all its latents.
     """
 
     schedule: BatchSchedule
     records: Sequence[ImageRecord]
-    plans: Sequence[CropPlan]
-    keys: Sequence[str]
+    variants: Sequence[Sequence[CropPlan]]
+    keys: Sequence[Sequence[str]]
     weights: Sequence[float]
     read_latent: ReadLatent
     draw_noise: DrawNoise
     tokenize: Tokenize
     rules: CaptionRules
     seed: int
-    batch_size: int
     accumulation: int = 1
     rank: int = 0
     world_size: int = 1
@@ -98,23 +100,29 @@ class MicroBatches(Dataset[RawBatch]):
     _coupled: dict[int, Tensor] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        samples = self.batch_size * self.accumulation * self.world_size
-        if samples != self.schedule.global_batch:
-            raise ValueError(
-                f"the schedule draws {self.schedule.global_batch} samples a step, the ranks take {samples}"
-            )
+        for samples in self.schedule.global_batches.values():
+            slots_of_part(samples, 0, self.parts)
+
+    @property
+    def parts(self) -> int:
+        """Return how many micro-batches of all ranks make an update."""
+        return self.accumulation * self.world_size
 
     def __getitem__(self, position: int) -> RawBatch:
         """Return micro-batch `position`; raises UserError, naming the picture, where a latent cannot be used."""
         step, micro = divmod(position, self.accumulation)
         _, draws = self.schedule.batch_at(step)
-        first = (micro * self.world_size + self.rank) * self.batch_size
-        slots = slice(first, first + self.batch_size)
-        noise_BCHW = None if self.couple is None else self._coupled_noise(step, draws)[slots]
-        return self.collect(draws[slots], step, first, noise_BCHW)
+        slots = slots_of_part(len(draws), micro * self.world_size + self.rank, self.parts)
+        noise_BCHW = None if self.couple is None else self._coupled_noise(step, draws)[slots.start : slots.stop]
+        return self.collect([draws[slot] for slot in slots], slots, len(draws), step, noise_BCHW)
 
     def collect(
-        self, draws: Sequence[Draw], step: int = 0, first_slot: int = 0, noise_BCHW: Tensor | None = None
+        self,
+        draws: Sequence[Draw],
+        slots: Sequence[int],
+        global_batch: int,
+        step: int = 0,
+        noise_BCHW: Tensor | None = None,
     ) -> RawBatch:
         """Return the batch of these draws, all of one bucket; each with its own noise where none is given."""
         captions = [self._caption(draw) for draw in draws]
@@ -126,12 +134,13 @@ class MicroBatches(Dataset[RawBatch]):
             ids_1_BL=ids_1_BL,
             ids_2_BL=ids_2_BL,
             keep_B=torch.tensor([caption is not None for caption in captions]),
-            time_ids_B6=torch.tensor([self.plans[draw.record].time_ids for draw in draws], dtype=torch.float32),
+            time_ids_B6=torch.tensor([self._plan(draw).time_ids for draw in draws], dtype=torch.float32),
             weight_B=torch.tensor([self.weights[draw.record] for draw in draws], dtype=torch.float32),
             sample_ids=tuple(self.records[draw.record].sample_id for draw in draws),
             visits=tuple(draw.visit for draw in draws),
             step=step,
-            slots=tuple(range(first_slot, first_slot + len(draws))),
+            slots=tuple(slots),
+            global_batch=global_batch,
         )
 
     def _noise(self, draws: Sequence[Draw], latents_BCHW: Tensor) -> Tensor:
@@ -158,11 +167,18 @@ class MicroBatches(Dataset[RawBatch]):
         generator = numpy_generator(self.seed, Stream.CAPTION, draw.visit, record.sample_id)
         return augment(record.tags, self.rules, generator)
 
+    def _variant(self, draw: Draw) -> int:
+        count = len(self.variants[draw.record])
+        return variant_of_visit(self.seed, self.records[draw.record].sample_id, draw.visit, count)
+
+    def _plan(self, draw: Draw) -> CropPlan:
+        return self.variants[draw.record][self._variant(draw)]
+
     def _latent(self, draw: Draw) -> Tensor:
         """Draw a latent_CHW from the picture's posterior."""
         record = self.records[draw.record]
         try:
-            mean_CHW, std_CHW = self.read_latent(self.keys[draw.record])
+            mean_CHW, std_CHW = self.read_latent(self.keys[draw.record][self._variant(draw)])
         except (KeyError, OSError, UserError) as error:
             raise UserError(f"{record.path}: its cached latent cannot be read: {error}") from error
         generator = torch_generator(self.seed, Stream.POSTERIOR, draw.visit, record.sample_id)
@@ -274,4 +290,5 @@ def to_batch(raw: RawBatch, encode_text: EncodeText, device: torch.device) -> Ba
         visits=raw.visits,
         step=raw.step,
         slots=raw.slots,
+        global_batch=raw.global_batch,
     )

@@ -38,17 +38,15 @@ class IndependentDraws:
 
 @dataclass(frozen=True)
 class StratifiedDraws:
-    """One number from each of `global_batch` equal strata: u = (permutation[slot] + own number) / global_batch.
+    """One number from each of G equal strata, G the global batch: u = (permutation[slot] + own number) / G.
 
     The density of one sample's level is unchanged; the levels of an update cover the whole range every time, so the
     mean loss varies less (Kingma et al. 2021, there with one offset for all). The permutation is a
     function of (seed, step), so ranks and micro-batches agree on it without talking.
     """
 
-    global_batch: int
-
     def uniform(self, seed: int, batch: Batch) -> Tensor:
         """Return each sample's own number, moved into its stratum."""
-        order = numpy_generator(seed, Stream.STRATA, batch.step).permutation(self.global_batch)
+        order = numpy_generator(seed, Stream.STRATA, batch.step).permutation(batch.global_batch)
         strata_B = torch.from_numpy(order)[torch.tensor(batch.slots)]
-        return (strata_B + IndependentDraws().uniform(seed, batch)) / self.global_batch
+        return (strata_B + IndependentDraws().uniform(seed, batch)) / batch.global_batch

@@ -27,7 +27,7 @@ class StepLog:
     """
 
     every_steps: int
-    images_per_step: int
+    images_before: Callable[[int], int]
     max_skipped_in_a_row: int
     tracker: Tracker
     meter: Meter
@@ -42,7 +42,7 @@ class StepLog:
     def after_step(self, steps_done: int, stats: StepStats) -> None:
         """Keep the numbers; write at the interval."""
         self._pending.append((steps_done, stats))
-        self.meter.step(self.images_per_step)
+        self.meter.step(self.images_before(steps_done) - self.images_before(steps_done - 1))
         if steps_done % self.every_steps == 0:
             self.write()
 

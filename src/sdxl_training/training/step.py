@@ -22,10 +22,7 @@ from sdxl_training.records import Batch, StepStats
 
 @dataclass
 class Run:
-    """What an update needs. `model` is the U-Net, wrapped for its ranks; `precision` the context of a forward pass.
-
-    `samples_per_step` counts the whole global batch: micro-batch size x accumulation x ranks.
-    """
+    """What an update needs. `model` is the U-Net, wrapped for its ranks; `precision` the context of a forward pass."""
 
     model: nn.Module
     objective: Objective
@@ -33,7 +30,6 @@ class Run:
     precision: AbstractContextManager[object]
     group: Group
     seed: int
-    samples_per_step: int
 
 
 def loss_per_sample(model: nn.Module, objective: Objective, batch: Batch, seed: int) -> Tensor:
@@ -63,7 +59,7 @@ def add_gradients(run: Run, micro_batches: Sequence[Batch]) -> Tensor:
         set_grad_sync(run.model, i + 1 == len(micro_batches))
         with run.precision:
             losses_B = loss_per_sample(run.model, run.objective, batch, run.seed)
-        loss = (losses_B * batch.weight_B).sum() / run.samples_per_step
+        loss = (losses_B * batch.weight_B).sum() / batch.global_batch
         # DDP averages over ranks, but samples are summed.
         scaled = run.update.loss_scale.scale(loss * run.group.world_size)
         scaled.backward()  # type: ignore[no-untyped-call]
