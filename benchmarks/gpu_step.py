@@ -141,6 +141,7 @@ def random_batch(shape: Shape, batch_size: int, device: torch.device) -> Batch:
         visits=(0,) * batch_size,
         step=0,
         slots=tuple(range(batch_size)),
+        global_batch=batch_size,
     )
 
 
@@ -168,7 +169,6 @@ def build_run(shape: Shape, case: Case, device: torch.device) -> Run:
         precision=autocast("bf16", device),
         group=Group(rank=0, world_size=1, device=device),
         seed=0,
-        samples_per_step=case.batch_size,
     )
 
 

@@ -48,6 +48,7 @@ def held_out_batches(run: Path, pictures: Path) -> list[Batch]:
                 visits=(0,) * len(records),
                 step=0,
                 slots=tuple(range(len(records))),
+                global_batch=len(records),
             )
         )
     return batches

@@ -97,6 +97,7 @@ def make_batch(unet: UNet2DConditionModel) -> Batch:
         visits=(0,) * SAMPLES,
         step=0,
         slots=tuple(range(SAMPLES)),
+        global_batch=SAMPLES,
     )
 
 
@@ -112,7 +113,7 @@ def objectives() -> dict[str, Objective]:
             levels,
             NoWeight(),
             shift=FixedShift(3.0),
-            draws=StratifiedDraws(SAMPLES),
+            draws=StratifiedDraws(),
             level_draw=AdaptiveLevels(AdaptiveSettings(every_steps=1), CPU),
             shape=PseudoHuber(0.1, "snr"),
             input_noise=InputNoise(0.1),

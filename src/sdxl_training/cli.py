@@ -137,16 +137,17 @@ def check_report(loaded: LoadedConfig) -> str:
     """Return what --check prints: the verdict, what is worth knowing, and the sum behind a step."""
     training = loaded.config.training
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    pictures = training.batch_size * training.accumulation * processes
-    return "\n".join(
-        [
-            f"{loaded.path}: no problems",
-            *(f"  note: {note}" for note in notes(loaded.config)),
-            f"  pictures per step = batch_size {training.batch_size} x accumulation {training.accumulation} "
-            f"x processes {processes} = {pictures}",
+    parts = f"x accumulation {training.accumulation} x processes {processes}"
+    if training.pixels_per_batch is None:
+        pictures = training.batch_size * training.accumulation * processes
+        sums = [
+            f"  pictures per step = batch_size {training.batch_size} {parts} = {pictures}",
             f"  {training.max_steps} steps x {pictures} = {training.max_steps * pictures} pictures in all",
         ]
-    )
+    else:
+        pixels = training.pixels_per_batch * training.accumulation * processes
+        sums = [f"  pixels per step = pixels_per_batch {training.pixels_per_batch} {parts} = {pixels} at most"]
+    return "\n".join([f"{loaded.path}: no problems", *(f"  note: {note}" for note in notes(loaded.config)), *sums])
 
 
 def config_of_run(run: Path) -> LoadedConfig:

@@ -60,7 +60,7 @@ def everything(device: torch.device) -> Objective:
         RAW_FLOW,
         LogNormal(0.0, 1.0),
         NoWeight(),
-        draws=StratifiedDraws(BATCH),
+        draws=StratifiedDraws(),
         level_draw=AdaptiveLevels(settings, device),
         shape=PseudoHuber(0.3, "snr"),
         input_noise=InputNoise(0.1),
@@ -94,7 +94,6 @@ def make_run(device: torch.device, precision: str, make: Callable[[torch.device]
         precision=autocast(precision, device),
         group=Group(rank=0, world_size=1, device=device),
         seed=SEED,
-        samples_per_step=BATCH,
     )
 
 
@@ -115,6 +114,7 @@ def make_batch(device: torch.device) -> Batch:
         visits=(0,) * BATCH,
         step=0,
         slots=tuple(range(BATCH)),
+        global_batch=BATCH,
     )
 
 

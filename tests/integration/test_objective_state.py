@@ -132,9 +132,9 @@ def make_config(density: dict[str, object], learned: bool) -> Config:
 def make_run(config: Config) -> tuple[Run, SimpleNamespace]:
     """Return a run of a network of one number, and what stands for the model that is saved."""
     torch.manual_seed(0)
-    model, objective = torch.nn.Linear(1, 1), build_objective(config, CPU, 4)
+    model, objective = torch.nn.Linear(1, 1), build_objective(config, CPU)
     update = build_update(config, model, objective.uncertainty, CPU)
-    return Run(model, objective, update, nullcontext(), Group(0, 1, CPU), 0, 4), SimpleNamespace(unet=model)
+    return Run(model, objective, update, nullcontext(), Group(0, 1, CPU), 0), SimpleNamespace(unet=model)
 
 
 def make_updates(run: Run) -> None:

@@ -55,7 +55,8 @@ def make_tiny_unet() -> Callable[[], UNet2DConditionModel]:
 def make_batch() -> Callable[..., Batch]:
     """Build a batch whose every sample is a function of its id alone, and its noise of id and visit.
 
-    slots: the samples' places in the global batch of update `step`; as they come where none are given.
+    slots: the samples' places in the global batch of update `step`; as they come where none are given. global_batch:
+    how many samples that has; these alone where it is not given.
     """
     import torch
 
@@ -69,6 +70,7 @@ def make_batch() -> Callable[..., Batch]:
         step: int = 0,
         slots: Sequence[int] | None = None,
         noise: Noise | None = None,
+        global_batch: int | None = None,
     ) -> Batch:
         visits = visits or [0] * len(sample_ids)
         generators = [torch.Generator().manual_seed(1000 + sample_id) for sample_id in sample_ids]
@@ -88,6 +90,7 @@ def make_batch() -> Callable[..., Batch]:
             visits=tuple(visits),
             step=step,
             slots=tuple(range(len(sample_ids)) if slots is None else slots),
+            global_batch=len(sample_ids) if global_batch is None else global_batch,
         )
 
     return make

@@ -16,6 +16,7 @@ from PIL import Image
 from sdxl_training.data import index as index_module
 from sdxl_training.data.buckets import plan_crop
 from sdxl_training.data.cache import LatentCache, cache_items, fill, latent_key, projected_bytes
+from sdxl_training.data.crops import Cut
 from sdxl_training.data.images import hash_content, read_pixels, resize_and_crop, to_model_range
 from sdxl_training.data.shards import Origin, ShardWriter
 from sdxl_training.records import Bucket, ImageRecord, UserError
@@ -65,7 +66,7 @@ def records(tmp_path):
 
 
 def items_of(records, vae="vae"):
-    return cache_items(records, [plan_crop(record.size_hw, BUCKETS) for record in records], vae)
+    return cache_items([(record, plan_crop(record.size_hw, BUCKETS)) for record in records], vae)
 
 
 def filled(folder, items, encode=None, posterior="sample", **options):
@@ -107,7 +108,7 @@ def test_the_report_says_why(records, tmp_path):
     changed = [make_record(tmp_path, 1, seed=77), *records[2:]]
     plans = [plan_crop(record.size_hw, BUCKETS) for record in changed]
     plans[1] = replace(plans[1], resized_hw=(18, 18), crop_tl=(1, 1))
-    items = cache_items(changed, plans, "vae")
+    items = cache_items(zip(changed, plans, strict=True), "vae")
     items[2] = replace(items[2], key=latent_key(changed[2], plans[2], "other vae"))
     _, report = filled(tmp_path / "cache", items)
     assert report.encoded == {"new": 2, "picture changed": 1, "size or crop changed": 1, "VAE changed": 1}
@@ -123,11 +124,39 @@ def test_the_key_depends_on_all_that_the_latent_depends_on_and_nothing_else(reco
         latent_key(record, replace(plan, resized_hw=(17, 34)), "vae"),
         latent_key(record, replace(plan, crop_tl=(0, 1)), "vae"),
         latent_key(record, replace(plan, bucket=Bucket((16, 16))), "vae"),
+        latent_key(record, replace(plan, flipped=True), "vae"),
         latent_key(record, plan, "vae 2"),
     ]
-    assert len({key, *changes}) == 6
+    assert len({key, *changes}) == 7
     moved = replace(record, path="/elsewhere.png", sample_id=99, caption="b", tags=("b",), repeats=4)
     assert latent_key(moved, plan, "vae") == key
+
+
+def test_a_mirrored_twin_is_a_latent_of_its_own(records, tmp_path):
+    record = records[0]
+    variants = Cut(flip=True).plans(record.size_hw, BUCKETS[1])
+    items = cache_items([(record, plan) for plan in variants], "vae")
+    cache, report = filled(tmp_path / "cache", items)
+    assert report.encoded == {"new": 2}
+    (one_CHW, _), (twin_CHW, _) = (cache.read(item.key) for item in items)
+    assert not torch.equal(one_CHW, twin_CHW)
+    torch.testing.assert_close(twin_CHW.flip(-1), one_CHW, rtol=1e-3, atol=1e-3)  # this encoder's blocks mirror exactly
+
+
+def test_every_missing_variant_of_a_picture_is_encoded_and_named(records, tmp_path):
+    """Three crops of one picture, of which the first is there: the reason of each further one is its own."""
+    record, cut = records[0], Cut("random", variants=3)
+    items = cache_items([(record, plan) for plan in cut.plans(record.size_hw, BUCKETS[0], record.sample_id)], "vae")
+    assert len({item.key for item in items}) == 3
+    folder = tmp_path / "cache"
+    filled(folder, items[:1])
+    cache, report = filled(folder, items)
+    assert (report.reused, sum(report.encoded.values())) == (1, 2)
+    assert report.encoded == {"size or crop changed": 2}
+    assert all(item.key in cache for item in items)
+    Path(record.path).write_bytes(b"no picture")
+    _, report = filled(tmp_path / "other", items)
+    assert {bad.path for bad in report.quarantined} == {record.path}
 
 
 def test_equal_pictures_share_a_latent(tmp_path):

@@ -9,6 +9,7 @@ from sdxl_training.config.explain import SYNONYMS, _names
 from sdxl_training.config.schema import Config
 
 SOURCES = "data:\n  sources:\n    - path: pictures\n"
+LIST = "data.buckets={generator: list, sizes: [[64, 64], [64, 128]]}"
 
 
 def problems(tmp_path, text, overrides=()):
@@ -145,6 +146,25 @@ def test_epsilon_at_snr_0_is_explained(tmp_path):
             "use linear or karras",
         ),
         (["global_config.previews.shift=0"], "global_config.previews.shift", "above 0"),
+        (["data.buckets.generator=list"], "data.buckets.sizes", "at least one [height, width] for generator: list"),
+        (["data.buckets.sizes=[[64, 64]]"], "data.buckets.sizes", "needs generator: list"),
+        ([LIST, "data.lower_resolutions=[512]"], "data.lower_resolutions", "no effect with generator: list"),
+        (["data.buckets.resolutions=each"], "data.buckets.resolutions", "needs data.lower_resolutions"),
+        (["data.lower_resolutions=[512, 1024]"], "data.lower_resolutions.1", "below data.resolution = 1024"),
+        (["data.lower_resolutions=[520]"], "data.lower_resolutions.0", "a multiple of step_px = 64"),
+        (["data.buckets={generator: sdxl, step_px: 128}"], "data.buckets.generator", "a step_px that divides 64"),
+        (
+            ["data.buckets.generator=sdxl", "data.lower_resolutions=[512]"],
+            "data.buckets.generator",
+            "sdxl at 512 needs a step_px that divides 32; choose one, or generator: area",
+        ),
+        (["data.crop.variants=2"], "data.crop.variants", "no effect with position: centre; set position: random"),
+        (["training.pixels_per_batch=1048575"], "training.pixels_per_batch", "data.resolution squared = 1048576"),
+        (
+            [LIST, "training.pixels_per_batch=8191"],
+            "training.pixels_per_batch",
+            "the largest of data.buckets.sizes = 8192",
+        ),
     ],
 )
 def test_rules_between_settings(tmp_path, overrides, place, words):
@@ -161,6 +181,11 @@ def test_rules_between_settings(tmp_path, overrides, place, words):
         ["global_config.previews.prompts=[]", "global_config.previews.every_steps=0"],
         ["training.objective.type=flow_matching", "training.level_density.type=logit_normal"],
         ["training.precision=fp16", "global_config.device=cpu"],
+        [LIST, "data.resolution=1000", "training.pixels_per_batch=8192"],
+        ["data.lower_resolutions=[512, 768]", "data.buckets.resolutions=each"],
+        ["data.buckets={generator: sdxl, step_px: 32}", "data.lower_resolutions=[512]"],
+        ["data.crop={position: random, variants: 2}"],
+        ["training.pixels_per_batch=1048576"],
     ],
 )
 def test_the_remedies_work(tmp_path, overrides):

@@ -60,7 +60,7 @@ def test_a_block_loads_and_is_built(tmp_path: Path, block: str) -> None:
     path.write_text(f"base: base.yaml\n{block}", encoding="utf-8")
     config = load_config(path).config
     assert notes(config) == []
-    objective = build_objective(config, torch.device("cpu"), global_batch=config.training.batch_size)
+    objective = build_objective(config, torch.device("cpu"))
     build_noise(config)
     build_coupling(config)
     levels = objective.path.at(objective.density.log_sigma(torch.tensor([0.5], dtype=torch.float64), objective.path))

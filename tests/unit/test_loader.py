@@ -14,6 +14,7 @@ import torch
 
 from sdxl_training.data.buckets import plan_crop
 from sdxl_training.data.captions import CaptionRules
+from sdxl_training.data.crops import Cut
 from sdxl_training.data.loader import MicroBatches, RawBatch, _outlive_the_first_signal, open_loader, to_batch
 from sdxl_training.data.sampler import BatchSchedule
 from sdxl_training.objectives.couplings import ConditionalTransport, OptimalTransport
@@ -55,15 +56,14 @@ def micro_batches(batch_size=4, accumulation=1, rank=0, world_size=1, seed=3, **
     arguments = {
         "schedule": schedule,
         "records": RECORDS,
-        "plans": PLANS,
-        "keys": [str(i) for i in range(17)],
+        "variants": [(plan,) for plan in PLANS],
+        "keys": [(str(i),) for i in range(17)],
         "weights": [1 + i / 100 for i in range(17)],
         "read_latent": Latents(),
         "draw_noise": Noise(),
         "tokenize": tokenize,
         "rules": CaptionRules(shuffle=True, tag_dropout=0.2, caption_dropout=0.3),
         "seed": seed,
-        "batch_size": batch_size,
         "accumulation": accumulation,
         "rank": rank,
         "world_size": world_size,
@@ -79,12 +79,13 @@ def same(one: RawBatch, other: RawBatch) -> bool:
 def joined(batches: list[RawBatch]) -> RawBatch:
     """Return the micro-batches of one update as one, in the order of the global batch."""
     assert len({batch.step for batch in batches}) == 1
+    assert {batch.global_batch for batch in batches} == {sum(len(batch.slots) for batch in batches)}
     parts = {field.name: [getattr(batch, field.name) for batch in batches] for field in fields(RawBatch)}
-    del parts["step"]
+    del parts["step"], parts["global_batch"]
     whole = {
         name: torch.cat(part) if isinstance(part[0], torch.Tensor) else sum(part, ()) for name, part in parts.items()
     }
-    return RawBatch(**whole, step=batches[0].step)
+    return RawBatch(**whole, step=batches[0].step, global_batch=batches[0].global_batch)
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +102,7 @@ def test_a_batch_is_complete_and_right(alone):
         assert batch.latents_BCHW.dtype == batch.time_ids_B6.dtype == batch.weight_B.dtype == torch.float32
         assert batch.keep_B.dtype == torch.bool
         assert batch.visits == tuple(draw.visit for draw in draws)
-        assert (batch.step, batch.slots) == (step, (0, 1, 2, 3))
+        assert (batch.step, batch.slots, batch.global_batch) == (step, (0, 1, 2, 3), 4)
         assert batch.noise_BCHW.shape == batch.latents_BCHW.shape
         assert batch.noise_BCHW.dtype == torch.float32
         for b, draw in enumerate(draws):
@@ -176,6 +177,59 @@ def test_a_visit_has_its_own_noise_which_is_not_the_posteriors():
             posterior = (batch.latents_BCHW[b] - (sample_id - 1000)) / 0.5
             assert not torch.allclose(posterior, batch.noise_BCHW[b], atol=0.1)
     assert len({tuple(values.flatten().tolist()) for values in noise.values()}) == len(noise) == 400
+
+
+# --- variants and batches of several sizes ---------------------------------------------------------------------------
+
+
+def test_a_picture_shows_its_variants_in_turns_each_with_its_own_latent_and_sizes():
+    """A wide picture and its mirrored twin; latents are named so that their values say which one was read."""
+    variants = [Cut(flip=True).plans(record.size_hw, plan.bucket) for record, plan in zip(RECORDS, PLANS, strict=True)]
+    variants = [(one, replace(twin, crop_tl=(0, 1))) for one, twin in variants]  # so that sizes tell them apart, too
+    keys = [(f"{i}", f"{i} mirrored") for i in range(17)]
+
+    def read_latent(key):
+        number, _, mirrored = key.partition(" ")
+        mean_CHW = Latents()(number)[0] + 100 * bool(mirrored)
+        return mean_CHW, torch.zeros_like(mean_CHW)
+
+    dataset = micro_batches(variants=variants, keys=keys, read_latent=read_latent, seed=5)
+    shown = {}
+    for step in range(60):
+        batch = dataset[step]
+        for b, (sample_id, visit) in enumerate(zip(batch.sample_ids, batch.visits, strict=True)):
+            which, number = divmod(int(batch.latents_BCHW[b].unique()), 100)
+            assert number == sample_id - 1000
+            assert batch.time_ids_B6[b].tolist() == list(variants[number][which].time_ids)
+            shown[sample_id, visit] = which
+    assert len({tuple(one.time_ids) for pair in variants for one in pair}) > len(set(SIZES))
+    for (sample_id, visit), which in shown.items():
+        assert shown.get((sample_id, visit + 1), 1 - which) == 1 - which, "the variants take turns"
+    first = [shown[record.sample_id, 0] for record in RECORDS]
+    assert 0 < sum(first) < 17, "pictures do not all begin with the same variant"
+
+
+def unequal(accumulation=1, rank=0, world_size=1, **changes) -> MicroBatches:
+    """Return micro-batches of an update of 8 pictures in the small bucket and of 4 in the wide one."""
+    members = {bucket: [i for i, plan in enumerate(PLANS) if plan.bucket == bucket] for bucket in BUCKETS}
+    schedule = BatchSchedule(
+        members, [record.repeats for record in RECORDS], 3, dict(zip(BUCKETS, (8, 4), strict=True))
+    )
+    return micro_batches(1, accumulation, rank, world_size, schedule=schedule, **changes)
+
+
+@pytest.mark.parametrize("couple", [None, OptimalTransport()])
+@pytest.mark.parametrize(("accumulation", "world_size"), [(4, 1), (2, 2), (1, 4), (2, 1)])
+def test_updates_of_several_sizes_are_split_equally(couple, accumulation, world_size):
+    whole = unequal(couple=couple)
+    ranks = [unequal(accumulation, rank, world_size, couple=couple) for rank in range(world_size)]
+    sizes = set()
+    for step in range(12):
+        parts = [rank[step * accumulation + m] for m in range(accumulation) for rank in ranks]
+        assert len({len(part.slots) for part in parts}) == 1
+        assert same(joined(parts), whole[step])
+        sizes.add((whole[step].latents_BCHW.shape[-1], whole[step].global_batch))
+    assert sizes == {(2, 8), (4, 4)}
 
 
 # --- coupling --------------------------------------------------------------------------------------------------------
@@ -341,8 +395,8 @@ def test_opening_a_loader_leaves_the_global_generator_alone():
 
 
 def test_a_split_that_does_not_fit_the_schedule_is_refused():
-    with pytest.raises(ValueError, match="the schedule draws 4 samples a step, the ranks take 8"):
-        replace(micro_batches(4), accumulation=2)
+    with pytest.raises(ValueError, match="4 pictures cannot be shared equally among 3 micro-batches"):
+        replace(micro_batches(4), accumulation=3)
 
 
 def test_dropped_captions_become_zeros_and_keep_their_sizes():
@@ -362,4 +416,4 @@ def test_dropped_captions_become_zeros_and_keep_their_sizes():
     assert torch.equal(batch.noise_BCHW, raw.noise_BCHW)
     assert torch.equal(batch.weight_B, raw.weight_B)
     assert (batch.sample_ids, batch.visits) == (raw.sample_ids, raw.visits)
-    assert (batch.step, batch.slots) == (raw.step, raw.slots)
+    assert (batch.step, batch.slots, batch.global_batch) == (raw.step, raw.slots, raw.global_batch)

@@ -62,7 +62,7 @@ def batch() -> Batch:
     latents = torch.randn(8, 4, 8, 8, generator=generator) * VARIANCE**0.5
     noise = torch.randn(8, 4, 8, 8, generator=generator)
     text = Conditioning(torch.zeros(8, 2, 2), torch.zeros(8, 2), torch.zeros(8, 6))
-    return Batch(latents, noise, text, torch.ones(8), tuple(range(8)), (0,) * 8, 0, tuple(range(8)))
+    return Batch(latents, noise, text, torch.ones(8), tuple(range(8)), (0,) * 8, 0, tuple(range(8)), 8)
 
 
 def fit_of(model: nn.Module, configured: str, batch: Batch) -> Fit:
@@ -111,7 +111,7 @@ def test_cutting_the_pictures_into_batches_changes_nothing(batch: Batch) -> None
         Batch(
             batch.latents_BCHW[part], batch.noise_BCHW[part],
             Conditioning(torch.zeros(4, 2, 2), torch.zeros(4, 2), torch.zeros(4, 6)),
-            torch.ones(4), (0,) * 4, (0,) * 4, 0, (0,) * 4,
+            torch.ones(4), (0,) * 4, (0,) * 4, 0, (0,) * 4, 4,
         )
         for part in (slice(0, 4), slice(4, 8))
     ]  # fmt: skip

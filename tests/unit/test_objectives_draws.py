@@ -28,7 +28,7 @@ OPTIONS: dict[str, dict[str, object]] = {
     "edm": {"sigma_data": 0.5, "label": "timestep", "zero_terminal_snr": False},
 }
 every_objective = pytest.mark.parametrize("name", OPTIONS)
-both_draws = pytest.mark.parametrize("draws", [IndependentDraws(), StratifiedDraws(4)], ids=["own", "stratified"])
+both_draws = pytest.mark.parametrize("draws", [IndependentDraws(), StratifiedDraws()], ids=["own", "stratified"])
 
 
 def objective_called(name: str, draws: Draws | None = None) -> Objective:
@@ -44,7 +44,9 @@ def rows(drawn: DrawnLevels) -> list[tuple[float, ...]]:
 
 def of_samples(batch: Batch, count: int) -> Batch:
     """Return `batch` as if it had `count` samples; of its tensors nothing is read."""
-    return replace(batch, sample_ids=tuple(range(count)), visits=(0,) * count, slots=tuple(range(count)))
+    return replace(
+        batch, sample_ids=tuple(range(count)), visits=(0,) * count, slots=tuple(range(count)), global_batch=count
+    )
 
 
 def test_every_objective_is_tested() -> None:
@@ -57,7 +59,7 @@ def test_a_sample_draws_the_same_in_every_batch(make_batch: MakeBatch, name: str
     objective = objective_called(name, draws)
 
     def drawn(ids: Sequence[int], visits: Sequence[int], slots: Sequence[int]) -> list[tuple[float, ...]]:
-        return rows(objective.draw_levels(7, make_batch(ids, visits=visits, slots=slots), SIZE_HW))
+        return rows(objective.draw_levels(7, make_batch(ids, visits=visits, slots=slots, global_batch=4), SIZE_HW))
 
     together = drawn([11, 12, 13], [0, 0, 2], [0, 1, 2])
     assert drawn([13, 12, 11], [2, 0, 0], [2, 1, 0]) == together[::-1]
@@ -70,7 +72,7 @@ def test_a_sample_draws_the_same_in_every_batch(make_batch: MakeBatch, name: str
 def test_seed_visit_and_sample_each_change_the_level(make_batch: MakeBatch, name: str, draws: Draws) -> None:
     objective = objective_called(name, draws)
     keys = [(7, 1, 11), (8, 1, 11), (7, 2, 11), (7, 1, 12), (7, 11, 1)]
-    drawn = [objective.draw_levels(seed, make_batch([i], visits=[v]), SIZE_HW) for seed, v, i in keys]
+    drawn = [objective.draw_levels(seed, make_batch([i], visits=[v], global_batch=4), SIZE_HW) for seed, v, i in keys]
     assert len({float(one.uniform_B) for one in drawn}) == len(keys)
 
 
@@ -131,7 +133,7 @@ def stratified(batch: Batch, global_batch: int, step: int, seed: int = 0) -> Ten
     """Return the draws of a whole global batch, whose samples are new at each step."""
     ids = range(step * global_batch, (step + 1) * global_batch)
     whole = replace(of_samples(batch, global_batch), sample_ids=tuple(ids), step=step)
-    return StratifiedDraws(global_batch).uniform(seed, whole)
+    return StratifiedDraws().uniform(seed, whole)
 
 
 @pytest.mark.parametrize("global_batch", [1, 2, 7, 32])
@@ -145,9 +147,9 @@ def test_every_stratum_is_drawn_from_once(make_batch: MakeBatch, global_batch: i
 
 def test_a_sample_keeps_its_own_number_within_its_stratum(make_batch: MakeBatch) -> None:
     batch = make_batch([3, 4, 5, 6], visits=[0, 1, 0, 2], step=9)
-    own, moved = IndependentDraws().uniform(2, batch), StratifiedDraws(4).uniform(2, batch)
+    own, moved = IndependentDraws().uniform(2, batch), StratifiedDraws().uniform(2, batch)
     torch.testing.assert_close((4 * moved).frac(), own)
-    assert torch.equal(StratifiedDraws(1).uniform(2, replace(make_batch([3]), step=5)), own[:1])
+    assert torch.equal(StratifiedDraws().uniform(2, replace(make_batch([3]), step=5)), own[:1])
 
 
 def test_which_slot_has_which_stratum_is_drawn_anew_each_step(make_batch: MakeBatch) -> None:

@@ -42,7 +42,6 @@ SIZE_HW = (64, 64)
 
 def make_run(
     model: nn.Module,
-    samples_per_step: int,
     name: str = "flow_matching",
     precision: str = "fp32",
     world_size: int = 1,
@@ -59,7 +58,7 @@ def make_run(
     scale = loss_scale or NoLossScale()
     update = Update(parameters, optimizer, 1e-3, Constant(0), scale, NoAverage(), 1.0, beside)
     group = Group(0, world_size, CPU)
-    return Run(model, objective, update, autocast(precision, CPU), group, SEED, samples_per_step)
+    return Run(model, objective, update, autocast(precision, CPU), group, SEED)
 
 
 def gradients_of(run: Run, micro_batches: Sequence[Batch]) -> tuple[float, dict[str, Tensor]]:
@@ -82,10 +81,11 @@ def assert_close(one: dict[str, Tensor], other: dict[str, Tensor], tolerance: fl
 def test_gradients_do_not_depend_on_how_the_batch_is_cut(
     make_tiny_unet: MakeUnet, make_batch: MakeBatch, name: str
 ) -> None:
-    run = make_run(make_tiny_unet(), 4, name)
+    run = make_run(make_tiny_unet(), name)
     whole_loss, whole = gradients_of(run, [make_batch([1, 2, 3, 4], [0.5, 2.0, 1.0, 0.5])])
-    ones = [make_batch([i + 1], [weight]) for i, weight in enumerate((0.5, 2.0, 1.0, 0.5))]
-    for cut in (ones, ones[::-1], [make_batch([4, 1], [0.5, 0.5]), make_batch([3, 2], [1.0, 2.0])]):
+    ones = [make_batch([i + 1], [weight], global_batch=4) for i, weight in enumerate((0.5, 2.0, 1.0, 0.5))]
+    halves = [make_batch(ids, weights, global_batch=4) for ids, weights in (([4, 1], [0.5, 0.5]), ([3, 2], [1.0, 2.0]))]
+    for cut in (ones, ones[::-1], halves):
         loss, gradients = gradients_of(run, cut)
         assert loss == pytest.approx(whole_loss, rel=1e-6)
         assert_close(whole, gradients, 2e-6)
@@ -93,16 +93,26 @@ def test_gradients_do_not_depend_on_how_the_batch_is_cut(
 
 def test_unequal_micro_batches_count_by_their_samples(make_tiny_unet: MakeUnet, make_batch: MakeBatch) -> None:
     """Divided by the number of micro-batches, the lone sample would weigh as much as the other three together."""
-    run = make_run(make_tiny_unet(), 4)
+    run = make_run(make_tiny_unet())
     _, whole = gradients_of(run, [make_batch([1, 2, 3, 4])])
-    _, cut = gradients_of(run, [make_batch([1, 2, 3]), make_batch([4])])
+    _, cut = gradients_of(run, [make_batch([1, 2, 3], global_batch=4), make_batch([4], global_batch=4)])
     assert_close(whole, cut, 2e-6)
+
+
+def test_each_batch_divides_by_its_own_size(make_tiny_unet: MakeUnet, make_batch: MakeBatch) -> None:
+    """Buckets may have global batches of their own: one run, and each update is the mean over its samples."""
+    run = make_run(make_tiny_unet())
+    for ids in ([1, 2, 3, 4, 5, 6], [7, 8], [9]):
+        loss, gradients = gradients_of(run, [make_batch([i], global_batch=len(ids)) for i in ids])
+        alone = [gradients_of(run, [make_batch([i])]) for i in ids]
+        assert loss == pytest.approx(sum(one for one, _ in alone) / len(ids), rel=1e-5)
+        assert_close({name: sum(one[name] for _, one in alone) / len(ids) for name in gradients}, gradients, 2e-6)
 
 
 @every_objective
 def test_loss_is_the_weighted_mean_by_hand(make_tiny_unet: MakeUnet, make_batch: MakeBatch, name: str) -> None:
     unet, weights = make_tiny_unet(), [0.25, 2.0, 0.75]
-    run = make_run(unet, 3, name)
+    run = make_run(unet, name)
     loss, _ = gradients_of(run, [make_batch([5, 6, 7], weights)])
     expected = 0.0
     for sample_id, weight in zip([5, 6, 7], weights, strict=True):
@@ -124,7 +134,7 @@ def test_loss_is_the_weighted_mean_by_hand(make_tiny_unet: MakeUnet, make_batch:
 
 
 def test_weights_belong_to_samples(make_tiny_unet: MakeUnet, make_batch: MakeBatch) -> None:
-    run = make_run(make_tiny_unet(), 2)
+    run = make_run(make_tiny_unet())
     _, first = gradients_of(run, [make_batch([1, 2], [1.0, 0.0])])
     _, second = gradients_of(run, [make_batch([1, 2], [0.0, 1.0])])
     _, mixed = gradients_of(run, [make_batch([1, 2], [3.0, 0.5])])
@@ -195,9 +205,9 @@ def test_input_perturbation_is_in_the_input_and_not_in_the_target(
 def test_activation_checkpointing_gives_the_same_gradients(make_tiny_unet: MakeUnet, make_batch: MakeBatch) -> None:
     plain, checkpointed = make_tiny_unet().train(), make_tiny_unet().train()
     checkpointed.enable_gradient_checkpointing()
-    batches = [make_batch([1, 2]), make_batch([3, 4])]
-    loss, gradients = gradients_of(make_run(plain, 4), batches)
-    other_loss, other_gradients = gradients_of(make_run(checkpointed, 4), batches)
+    batches = [make_batch([1, 2], global_batch=4), make_batch([3, 4], global_batch=4)]
+    loss, gradients = gradients_of(make_run(plain), batches)
+    other_loss, other_gradients = gradients_of(make_run(checkpointed), batches)
     assert loss == other_loss
     assert all(torch.equal(gradients[name], other_gradients[name]) for name in gradients)
 
@@ -212,7 +222,7 @@ def test_the_timestep_embedding_gets_exact_float32_labels(
     for part, values in seen.items():
         unet.get_submodule(part).register_forward_pre_hook(lambda _, inputs, to=values: to.append(inputs[0].clone()))
     batch = make_batch(range(16))
-    add_gradients(make_run(unet, 16, name, precision), [batch])
+    add_gradients(make_run(unet, name, precision), [batch])
     levels = OBJECTIVES[name].draw_levels(SEED, batch, SIZE_HW).levels
     (labels,), (sizes,) = seen["time_proj"], seen["add_time_proj"]
     assert labels.dtype == torch.float32
@@ -229,8 +239,8 @@ def test_the_timestep_embedding_gets_exact_float32_labels(
 
 def test_bf16_changes_the_products_and_nothing_else(make_tiny_unet: MakeUnet, make_batch: MakeBatch) -> None:
     unet = make_tiny_unet()
-    plain_loss, plain = gradients_of(make_run(unet, 2), [make_batch([1, 2])])
-    loss, gradients = gradients_of(make_run(unet, 2, precision="bf16"), [make_batch([1, 2])])
+    plain_loss, plain = gradients_of(make_run(unet), [make_batch([1, 2])])
+    loss, gradients = gradients_of(make_run(unet, precision="bf16"), [make_batch([1, 2])])
     assert loss != plain_loss
     assert loss == pytest.approx(plain_loss, rel=0.02)
     assert {value.dtype for value in gradients.values()} == {torch.float32}
@@ -240,18 +250,18 @@ def test_bf16_changes_the_products_and_nothing_else(make_tiny_unet: MakeUnet, ma
 def test_ranks_are_averaged_so_each_multiplies_by_their_number(make_tiny_unet: MakeUnet, make_batch: MakeBatch) -> None:
     """Two ranks of two: the mean of what both compute is the gradient of the four in one process."""
     unet = make_tiny_unet()
-    _, whole = gradients_of(make_run(unet, 4), [make_batch([1, 2, 3, 4])])
-    run = make_run(unet, 4, world_size=2)
-    loss_a, rank_a = gradients_of(run, [make_batch([1, 3])])
-    loss_b, rank_b = gradients_of(run, [make_batch([2, 4])])
+    _, whole = gradients_of(make_run(unet), [make_batch([1, 2, 3, 4])])
+    run = make_run(unet, world_size=2)
+    loss_a, rank_a = gradients_of(run, [make_batch([1, 3], global_batch=4)])
+    loss_b, rank_b = gradients_of(run, [make_batch([2, 4], global_batch=4)])
     assert_close(whole, {name: (rank_a[name] + rank_b[name]) / 2 for name in rank_a}, 2e-6)
-    whole_loss, _ = gradients_of(make_run(unet, 4), [make_batch([1, 2, 3, 4])])
+    whole_loss, _ = gradients_of(make_run(unet), [make_batch([1, 2, 3, 4])])
     assert loss_a + loss_b == pytest.approx(whole_loss, rel=1e-6)
 
 
 def test_a_step_moves_the_weights_and_reports(make_tiny_unet: MakeUnet, make_batch: MakeBatch) -> None:
     unet = make_tiny_unet()
-    run = make_run(unet, 2)
+    run = make_run(unet)
     before = {name: value.detach().clone() for name, value in unet.named_parameters()}
     expected, gradients = gradients_of(run, [make_batch([1, 2])])
     unet.zero_grad()
@@ -266,20 +276,20 @@ def test_a_step_moves_the_weights_and_reports(make_tiny_unet: MakeUnet, make_bat
 
 def test_a_sample_that_is_not_finite_makes_the_step_void(make_tiny_unet: MakeUnet, make_batch: MakeBatch) -> None:
     unet = make_tiny_unet()
-    run = make_run(unet, 4)
+    run = make_run(unet)
     before = [value.detach().clone() for value in unet.parameters()]
-    bad = make_batch([3, 4])
+    good, bad, other = (make_batch(ids, global_batch=4) for ids in ([1, 2], [3, 4], [5, 6]))
     bad.latents_BCHW[0, 0, 0, 0] = float("nan")
-    stats = train_step(run, 0, [make_batch([1, 2]), bad])
+    stats = train_step(run, 0, [good, bad])
     assert stats.skipped.item() == 1
     assert stats.loss.isnan()
     assert all(torch.equal(old, new) for old, new in zip(before, unet.parameters(), strict=True))
-    assert train_step(run, 1, [make_batch([1, 2]), make_batch([5, 6])]).skipped.item() == 0
+    assert train_step(run, 1, [good, other]).skipped.item() == 0
 
 
 def test_loss_scale_changes_neither_loss_nor_norm(make_tiny_unet: MakeUnet, make_batch: MakeBatch) -> None:
-    plain = train_step(make_run(make_tiny_unet(), 2), 0, [make_batch([1, 2])])
-    scaled_run = make_run(make_tiny_unet(), 2, loss_scale=DynamicLossScale(CPU, 1024.0))
+    plain = train_step(make_run(make_tiny_unet()), 0, [make_batch([1, 2])])
+    scaled_run = make_run(make_tiny_unet(), loss_scale=DynamicLossScale(CPU, 1024.0))
     scaled = train_step(scaled_run, 0, [make_batch([1, 2])])
     assert scaled.loss.item() == plain.loss.item()
     assert scaled.grad_norm.item() == pytest.approx(plain.grad_norm.item(), rel=1e-6)
@@ -287,7 +297,7 @@ def test_loss_scale_changes_neither_loss_nor_norm(make_tiny_unet: MakeUnet, make
 
 @every_objective
 def test_steps_learn_two_samples(make_tiny_unet: MakeUnet, make_batch: MakeBatch, name: str) -> None:
-    run = make_run(make_tiny_unet(), 2, name)
+    run = make_run(make_tiny_unet(), name)
     run.update.learning_rate = 1e-2
     losses = [train_step(run, step, [make_batch([1, 2])]).loss.item() for step in range(60)]
     assert losses[-1] < 0.5 * losses[0]

@@ -24,7 +24,7 @@ from sdxl_training.training.step import add_gradients, loss_per_sample, train_st
 from tests.unit.test_step import CPU, OBJECTIVES, RAW_FLOW, SEED, SIZE_HW, MakeBatch, MakeUnet, make_run
 
 
-def everything(global_batch: int) -> Objective:
+def everything() -> Objective:
     """An objective with every part that learns, remembers or looks at the batch; it adapts after each update."""
     settings = AdaptiveSettings(bins=4, warmup_samples=1, decay=0.9, uniform_share=0.2, every_steps=1)
     return make_objective(
@@ -32,7 +32,7 @@ def everything(global_batch: int) -> Objective:
         RAW_FLOW,
         LogNormal(0.0, 1.0),
         NoWeight(),
-        draws=StratifiedDraws(global_batch),
+        draws=StratifiedDraws(),
         level_draw=AdaptiveLevels(settings, CPU),
         shape=PseudoHuber(0.3, "snr"),
         input_noise=InputNoise(0.1),
@@ -52,11 +52,17 @@ def steps_of_everything(
     make_tiny_unet: MakeUnet, make_batch: MakeBatch, cut: list[list[int]]
 ) -> tuple[list[float], Tensor, dict[str, Tensor]]:
     """Make four updates of `everything`; return losses, weights of u and what the levels remember."""
-    objective = everything(4)
-    run, losses = make_run(make_tiny_unet(), 4, objective=objective), []
+    objective = everything()
+    run, losses = make_run(make_tiny_unet(), objective=objective), []
     for step in range(4):
         micro_batches = [
-            make_batch([10 * step + slot for slot in part], [1 + slot / 8 for slot in part], step=step, slots=part)
+            make_batch(
+                [10 * step + slot for slot in part],
+                [1 + slot / 8 for slot in part],
+                step=step,
+                slots=part,
+                global_batch=4,
+            )
             for part in cut
         ]
         losses.append(train_step(run, step, micro_batches).loss.item())
@@ -87,7 +93,7 @@ def test_ranks_average_what_no_wrapper_averages(make_tiny_unet: MakeUnet, make_b
 
     def gradient(batch: Batch, world_size: int) -> Tensor:
         averaged.clear()
-        run = make_run(make_tiny_unet(), 4, objective=everything(4))
+        run = make_run(make_tiny_unet(), objective=everything())
         run.group = Recorded(0, world_size, CPU)
         add_gradients(run, [batch])
         ((gradient_F,),) = averaged
@@ -95,7 +101,8 @@ def test_ranks_average_what_no_wrapper_averages(make_tiny_unet: MakeUnet, make_b
 
     averaged: list[list[Tensor]] = []
     whole = gradient(make_batch([1, 2, 3, 4]), 1)
-    ranks = [gradient(make_batch(ids, slots=slots), 2) for ids, slots in (([1, 3], [0, 2]), ([2, 4], [1, 3]))]
+    shares = (([1, 3], [0, 2]), ([2, 4], [1, 3]))
+    ranks = [gradient(make_batch(ids, slots=slots, global_batch=4), 2) for ids, slots in shares]
     assert float(whole.abs().max()) > 0
     torch.testing.assert_close((ranks[0] + ranks[1]) / 2, whole, rtol=1e-5, atol=1e-6)
 
@@ -103,8 +110,8 @@ def test_ranks_average_what_no_wrapper_averages(make_tiny_unet: MakeUnet, make_b
 def test_a_void_update_leaves_what_is_learnt_beside_the_network(
     make_tiny_unet: MakeUnet, make_batch: MakeBatch
 ) -> None:
-    objective = everything(4)
-    run = make_run(make_tiny_unet(), 4, objective=objective)
+    objective = everything()
+    run = make_run(make_tiny_unet(), objective=objective)
     train_step(run, 0, [make_batch([1, 2, 3, 4])])
     (before,) = (value.detach().clone() for value in objective.uncertainty.parameters())
     bad = make_batch([1, 2, 3, 4], step=1)
@@ -164,5 +171,5 @@ def test_levels_are_remembered_by_what_the_learned_variance_leaves(
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_losses_are_float32_in_every_precision(make_tiny_unet: MakeUnet, make_batch: MakeBatch, precision: str) -> None:
     with autocast(precision, CPU):
-        losses = loss_per_sample(make_tiny_unet(), everything(2), make_batch([1, 2]), SEED)
+        losses = loss_per_sample(make_tiny_unet(), everything(), make_batch([1, 2]), SEED)
     assert losses.dtype == torch.float32

@@ -91,9 +91,9 @@ def _what_ran_out(folder: RunFolder) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         raise UserError(
-            f"the GPU's memory is full ({str(error).splitlines()[0]}). Lower training.batch_size and raise "
-            "training.accumulation instead, set training.memory.gradient_checkpointing: true or training.ema: "
-            "{type: none}, or lower data.resolution; --dry-run tells at once what fits."
+            f"the GPU's memory is full ({str(error).splitlines()[0]}). Lower training.batch_size or pixels_per_batch "
+            "and raise training.accumulation instead, set training.memory.gradient_checkpointing: true or "
+            "training.ema: {type: none}, or lower data.resolution; --dry-run tells at once what fits."
         ) from error
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):

@@ -101,11 +101,14 @@ def crop_variants_differ(config: Config) -> Iterator[Finding]:
 
 
 def a_batch_of_pixels_holds_a_picture(config: Config) -> Iterator[Finding]:
-    """A micro-batch that is counted in pixels still holds one picture of the square bucket."""
-    pixels, least = config.training.pixels_per_batch, config.data.resolution**2
+    """A micro-batch that is counted in pixels still holds one picture of the square bucket, or of any in a list."""
+    pixels, buckets = config.training.pixels_per_batch, config.data.buckets
+    least, what, place = config.data.resolution**2, "data.resolution squared", "data.resolution"
+    if buckets.generator == "list":
+        place = "data.buckets.sizes"
+        least, what = max((height * width for height, width in buckets.sizes), default=0), f"the largest of {place}"
     if pixels is not None and pixels < least:
-        text = f"must be at least data.resolution squared = {least}, one picture"
-        yield Finding("training.pixels_per_batch", text, ("data.resolution",))
+        yield Finding("training.pixels_per_batch", f"must be at least {what} = {least}, one picture", (place,))
 
 
 def preview_grid_fits_the_objective(config: Config) -> Iterator[Finding]:

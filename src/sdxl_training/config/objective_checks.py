@@ -223,6 +223,7 @@ def _shares_outside(density: LevelDensity) -> tuple[float, float]:
 
 def _lone_pictures(training: Training) -> Iterator[str]:
     """Coupling among one."""
-    images = training.batch_size * training.accumulation
-    if isinstance(training.coupling, OptimalTransportCoupling) and images == 1:
+    counted = training.pixels_per_batch is None  # by pixels the number differs between buckets
+    lone = counted and training.batch_size * training.accumulation == 1
+    if lone and isinstance(training.coupling, OptimalTransportCoupling):
         yield "training.coupling: a process alone with one picture a step has no noise to exchange."
