@@ -31,7 +31,6 @@ class Stream(IntEnum):
     NOISE_SHAPE = 10
     PERTURBATION = 11
     FEATURES = 12
-    MISMATCH = 13
 
 
 def derive_seed(seed: int, stream: Stream, *coordinates: int) -> int:

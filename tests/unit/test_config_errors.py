@@ -144,7 +144,7 @@ def test_epsilon_at_snr_0_is_explained(tmp_path):
             "global_config.previews.grid",
             "use linear or karras",
         ),
-        (["global_config.previews.shift=0"], "global_config.previews.shift", "above 0"),
+        (["global_config.previews.shift=0"], "global_config.previews.shift", "from 0.01"),
     ],
 )
 def test_rules_between_settings(tmp_path, overrides, place, words):

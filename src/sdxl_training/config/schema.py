@@ -67,8 +67,12 @@ class Previews(Section):
     grid: Grid = Field(
         default="auto", description="Noise levels that are visited; auto is what the objective is usually drawn with."
     )
-    shift: float = Field(default=1.0, gt=0, description="Factor on sigma in the linear grid; above 1 dwells on noise.")
-    guidance: float = Field(default=5.0, ge=1, description="Classifier-free guidance scale; 1 means no guidance.")
+    shift: float = Field(
+        default=1.0, ge=0.01, le=100, description="Factor on sigma in the linear grid; above 1 dwells on noise."
+    )
+    guidance: float = Field(
+        default=5.0, ge=1, le=1000, description="Classifier-free guidance scale; 1 means no guidance."
+    )
     guidance_rescale: Fraction = Field(
         default=0.0, description="Share of guidance's gain in contrast that is taken back (Lin et al. 2023)."
     )
