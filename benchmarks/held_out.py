@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -63,12 +64,9 @@ def relative_errors_by_level(
     objective = build_objective(trained.config, torch.device("cpu"))
     errors = {}
     for sigma in sigmas:
-        log_sigma = torch.tensor(sigma, dtype=torch.float64).log()
-        of_batches = [
-            relative_errors(
-                trained.sdxl.unet, (objective.path, objective.head), batch, log_sigma.expand(len(batch.visits))
-            )
-            for batch in batches
-        ]
+        of_batches = []
+        for batch in batches:
+            log_sigma_B = torch.full((len(batch.visits),), math.log(sigma), dtype=torch.float64)
+            of_batches.append(relative_errors(trained.sdxl.unet, (objective.path, objective.head), batch, log_sigma_B))
         errors[sigma] = float(torch.cat(of_batches).mean())
     return errors

@@ -70,11 +70,11 @@ def sample(
     prompt: Annotated[list[str] | None, typer.Option("--prompt", help="What to draw; may be repeated.")] = None,
     prompts_file: Annotated[Path | None, typer.Option("--prompts-file", help="Text file, one prompt a line.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, max=1000, help="Sampler steps; default: as previews.")] = None,
-    guidance: Annotated[float | None, typer.Option(min=1.0, help="Guidance; default: the run's previews.")] = None,
+    guidance: Annotated[float | None, typer.Option(min=1.0, max=1000.0, help="Guidance; default: as previews.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Seed of the noise; default: the run's previews.")] = None,
     sampler: Annotated[Sampler | None, typer.Option(help="How a step is made; default: the run's previews.")] = None,
     grid: Annotated[Grid | None, typer.Option(help="Noise levels visited; default: the run's previews.")] = None,
-    shift: Annotated[float | None, typer.Option(min=0.01, help="Factor on sigma in the linear grid.")] = None,
+    shift: Annotated[float | None, typer.Option(min=0.01, max=100.0, help="Factor on sigma, grid linear.")] = None,
     guidance_rescale: Annotated[float | None, typer.Option(min=0.0, max=1.0, help="Contrast taken back.")] = None,
     checkpoint: CheckpointStep = None,
     raw_weights: Annotated[bool, typer.Option("--raw-weights", help="Draw without the averaged weights.")] = False,
@@ -88,6 +88,8 @@ def sample(
     asked = {"steps": steps, "guidance": guidance, "seed": seed, "sampler": sampler, "grid": grid, "shift": shift}
     asked["guidance_rescale"] = guidance_rescale
     chosen = {name: value for name, value in asked.items() if value is not None}
+    if grid is not None and shift is None:
+        chosen["shift"] = 1.0  # the run's shift was meant for the run's grid
     previews = loaded.config.global_config.previews.model_copy(update=chosen)
     _assemble().sample(
         run_dir=run,

@@ -145,7 +145,6 @@ def test_epsilon_at_snr_0_is_explained(tmp_path):
             "global_config.previews.grid",
             "use linear or karras",
         ),
-        (["global_config.previews.shift=0"], "global_config.previews.shift", "above 0"),
         (["data.buckets.generator=list"], "data.buckets.sizes", "at least one [height, width] for generator: list"),
         (["data.buckets.sizes=[[64, 64]]"], "data.buckets.sizes", "needs generator: list"),
         ([LIST, "data.lower_resolutions=[512]"], "data.lower_resolutions", "no effect with generator: list"),
@@ -165,6 +164,7 @@ def test_epsilon_at_snr_0_is_explained(tmp_path):
             "training.pixels_per_batch",
             "the largest of data.buckets.sizes = 8192",
         ),
+        (["global_config.previews.shift=0"], "global_config.previews.shift", "from 0.01"),
     ],
 )
 def test_rules_between_settings(tmp_path, overrides, place, words):

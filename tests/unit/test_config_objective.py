@@ -1,6 +1,7 @@
 """Objective, levels, weights and noise in the configuration: presets, what is refused by name, what is noted."""
 
 from itertools import product
+from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -16,8 +17,10 @@ from sdxl_training.objectives.objective import OBJECTIVES
 from sdxl_training.objectives.shapes import SHAPES
 from sdxl_training.objectives.shifts import SHIFTS
 from sdxl_training.objectives.weights import WEIGHTS
+from sdxl_training.records import UserError
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[2]
 SOURCES = "data:\n  sources:\n    - path: pictures\n"
 
 
@@ -102,7 +105,7 @@ def test_normalised_weights_know_the_shift(tmp_path, shift):
 def test_a_preset_is_written_out_in_the_resolved_file(tmp_path, preset):
     loaded = load(tmp_path, text=f"{SOURCES}training: {{preset: {preset}}}\n")
     for section, values in PRESETS[preset].items():
-        for key, value in values.items():
+        for key, value in values.items() if isinstance(values, dict) else ():
             assert getattr(getattr(loaded.config.training, section), key) == value
             assert loaded.origins[f"training.{section}.{key}"] == f"preset {preset}"
     resolved = tmp_path / "config.resolved.yaml"
@@ -110,6 +113,33 @@ def test_a_preset_is_written_out_in_the_resolved_file(tmp_path, preset):
     assert f"  # preset {preset}" in resolved.read_text(encoding="utf-8")
     assert load_config(resolved).config == loaded.config
     build_objective(loaded.config, CPU)
+
+
+@pytest.mark.parametrize("preset", sorted(PRESETS))
+@pytest.mark.parametrize("how", ["in the file", "by --set"])
+def test_a_preset_means_the_same_over_any_base(tmp_path, preset, how):
+    """Also over a base that spells every setting out, as src/config.yaml does, and over another preset."""
+    for base in (ROOT / "src" / "config.yaml", ROOT / "examples" / "miniature.yaml", tmp_path / "other.yaml"):
+        (tmp_path / "other.yaml").write_text(f"{SOURCES}training: {{preset: sd3_flow, noise: {{offset: 0.1}}}}\n")
+        line = f"training: {{preset: {preset}}}\n" if how == "in the file" else ""
+        overrides = () if line else (f"training.preset={preset}",)
+        training = load(tmp_path, *overrides, text=f"base: {base}\n{SOURCES}{line}").config.training
+        for section, values in PRESETS[preset].items():
+            for key, value in values.items() if isinstance(values, dict) else ():
+                assert getattr(getattr(training, section), key) == value, (base, section, key)
+
+
+@pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda path: path.stem)
+def test_examples_train_what_their_preset_says(example):
+    training = load_config(example, ["data.sources=[{path: x}]"]).config.training
+    if training.preset:
+        for section, values in PRESETS[training.preset].items():
+            for key, value in values.items() if isinstance(values, dict) else ():
+                assert getattr(getattr(training, section), key) == value
+
+
+def test_the_configured_terminal_policy_is_built(tmp_path):
+    assert build_objective(load(tmp_path, "training.preset=nai_v3").config, CPU).loss_weight.terminal == "plus_one"
 
 
 def test_what_a_file_says_lies_over_the_preset(tmp_path):
@@ -143,7 +173,6 @@ FLOW = "training.objective={type: flow_matching}"
         (["training.level_density={type: karras, sigma_min: 5, sigma_max: 5}"], "level_density.sigma_min", "below"),
         (["training.level_density={type: karras, sigma_max: 80}"], "level_density.sigma_max", "at most 14.6146"),
         (["training.level_density={type: karras, sigma_min: 0.002}"], "level_density.sigma_min", "at least 0.029"),
-        (["training.level_density={type: karras, rho: 0}"], "level_density.rho", "above 0"),
         (["training.level_density={type: histogram, bars: [0, 0, 0]}"], "level_density.bars", "above 0 and finite"),
         (["training.level_density={type: histogram, bars: [1, -1]}"], "level_density.bars.1", "at least 0"),
         (["training.level_density={type: histogram, bars: [1, .nan]}"], "level_density.bars.1", "a number"),
@@ -161,6 +190,14 @@ FLOW = "training.objective={type: flow_matching}"
         (["training.level_density={type: mode, scale: 2}"], "level_density.scale", "from -1"),
         (["training.level_density={type: logit_norml}"], "level_density.type", "did you mean logit_normal"),
         ([FLOW, "training.level_shift={type: fixed, factor: 0}"], "level_shift.factor", "above 0"),
+        ([FLOW, "training.level_density={type: karras, sigma_max: 1.0e+9}"], "level_density.sigma_max", "from 0.0001"),
+        (["training.level_density={type: karras, rho: 0.001}"], "level_density.rho", "from 0.1"),
+        (["training.loss_weight={type: sigmoid, bias: 1000}"], "loss_weight.bias", "from -50"),
+        (
+            [FLOW, "training.level_shift={type: per_bucket}", "training.loss_weight={type: sigmoid}"],
+            "loss_weight.type",
+            "use a fixed shift",
+        ),
         (["training.level_shift={type: fixed}"], "level_shift.type", "14.6"),
         ([V, "training.level_shift={type: per_bucket}"], "level_shift.type", "zero_terminal_snr: true"),
         ([FLOW, "training.loss_weight={type: debiased_kohya}"], "loss_weight.type", "use debiased"),
@@ -186,7 +223,7 @@ FLOW = "training.objective={type: flow_matching}"
             "objective.zero_terminal_snr",
             "has no effect",
         ),
-        (["training.objective={type: edm, sigma_data: 0}"], "objective.sigma_data", "above 0"),
+        (["training.objective={type: edm, sigma_data: 0}"], "objective.sigma_data", "from 0.001"),
         (["training.loss_shape={type: huber}"], "loss_shape.type", "must be l1, mse, pseudo_huber"),
         (["training.noise.pyramid=1"], "noise.pyramid", "below 1"),
     ],
@@ -211,6 +248,8 @@ def test_what_cannot_work_is_refused_by_name(tmp_path, overrides, place, words):
         ([V_ZT, "training.level_density={type: log_normal_sigma}"], "2.6% of its levels are cleaner"),
         (["training.level_density={type: adaptive, base: {type: cosmap}}"], "4.3%"),
         (["training.batch_size=1", "training.coupling={type: optimal_transport}"], "no noise to exchange"),
+        (["training.batch_size=1", "training.coupling={type: conditional_transport}"], "no noise to exchange"),
+        (["training.batch_size=1", "training.stratified_levels=true"], "changes nothing"),
     ],
 )
 def test_what_is_doubtful_is_noted(tmp_path, overrides, words):
@@ -228,3 +267,12 @@ def test_pure_noise_is_trained_exactly_where_the_path_gets_there(tmp_path):
         config = load(tmp_path, f"training.objective={objective}").config
         highest = build_objective(config, CPU).path.log_sigma_range[1]
         assert trains_pure_noise(config.training.objective) == (highest > 9)
+
+
+def test_a_weight_without_a_mean_cannot_be_normalised(tmp_path):
+    """Min-SNR as published gives SNR 0 no weight, and here nothing else is trained."""
+    bars = ", ".join(["0"] * 999 + ["1"])
+    overrides = (V_ZT, f"training.level_density={{type: histogram, bars: [{bars}]}}")
+    weight = "training.loss_weight={type: min_snr, terminal: official, normalise: true}"
+    with pytest.raises(UserError, match="cannot be brought to 1"):
+        build_objective(load(tmp_path, *overrides, weight).config, CPU)

@@ -10,7 +10,7 @@ from PIL import Image
 
 from sdxl_training.data import scan as scan_module
 from sdxl_training.data.index import FileKey, Header, read_index, write_index
-from sdxl_training.data.scan import CaptionFiles, Source, scan
+from sdxl_training.data.scan import EXTENSIONS, CaptionFiles, Source, scan
 from sdxl_training.records import UserError
 
 LONG_AGO = (1_600_000_000, 1_600_000_000)
@@ -115,7 +115,7 @@ def test_broken_files_are_quarantined_by_name_and_the_rest_goes_on(folder):
     assert len(result.records) == 4
     assert {Path(bad.path).name: bad.reason for bad in result.quarantined} == {
         "empty.png": "the file is empty",
-        "text.png": "the content is not a PNG, JPEG, WebP or BMP picture",
+        "text.png": "the content is not a JPEG, PNG, WebP, TIFF, GIF, BMP, AVIF, HEIF or JPEG XL picture",
         "latin.png": "its caption latin.txt is not UTF-8 text (byte 3)",
     }
 
@@ -220,7 +220,7 @@ def test_the_index_appears_by_renaming(tmp_path, monkeypatch):
 def test_all_wrong_folders_are_named_at_once(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "a.gif").write_bytes(b"GIF89a")
+    (tmp_path / "other" / "a.mp4").write_bytes(b"film")
     (tmp_path / "other" / "a.txt").write_text("x")
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError) as caught:
@@ -229,8 +229,8 @@ def test_all_wrong_folders_are_named_at_once(tmp_path):
     assert len(lines) == 4
     assert lines[0].startswith(f"data.sources.0.path = {tmp_path / 'missing'}: there is no such folder.")
     assert "data.sources.1.path" in lines[1]
-    assert "the folder is empty. Pictures end in .bmp, .jpeg, .jpg, .png, .webp." in lines[1]
-    assert "no picture in it, only 1 x .gif, 1 x .txt." in lines[2]
+    assert f"the folder is empty. Pictures end in {', '.join(sorted(EXTENSIONS))}." in lines[1]
+    assert "no picture in it, only 1 x .mp4, 1 x .txt." in lines[2]
     assert "this is a file, not a folder" in lines[3]
 
 

@@ -101,7 +101,7 @@ def test_what_the_page_points_to_exists() -> None:
     places = {anchor(heading) for heading in headings()}
     assert [link for link in re.findall(r"\]\(#([^)]+)\)", TEXT) if link not in places] == []
     images = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", TEXT)
-    assert len(images) == 3
+    assert len(images) == 5
     for image in images:
         assert 0 < (PAGE.parent / image).stat().st_size < MAX_IMAGE_BYTES, image
 
@@ -115,3 +115,7 @@ def test_rows_have_the_cells_of_their_table() -> None:
             continue
         width = width or line.count("|")
         assert line.count("|") == width, line
+
+
+def test_no_result_is_still_to_come():
+    assert "<!--" not in TEXT

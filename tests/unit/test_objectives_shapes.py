@@ -27,7 +27,7 @@ from sdxl_training.objectives.shapes import (
 HALF = torch.tensor(0.5)
 ROBUST = {"pseudo_huber": PseudoHuber, "smooth_l1": SmoothL1}
 every_robust = pytest.mark.parametrize("shape", ROBUST.values(), ids=ROBUST)
-errors = st.floats(-50, 50, allow_subnormal=False)
+errors = st.floats(-50, 50, allow_subnormal=False).map(lambda error: error if abs(error) > 1e-100 else 0.0)
 thresholds = st.floats(1e-3, 10)
 
 

@@ -15,7 +15,7 @@ from sdxl_training.assemble.folder import RunFolder, run_folder
 from sdxl_training.assemble.resume import find_start
 from sdxl_training.assemble.training import _what_ran_out, resume_command
 from sdxl_training.config.load import load_config
-from sdxl_training.config.schema import cache_folder
+from sdxl_training.config.schema import Previews, cache_folder
 from sdxl_training.parallel.group import process_group
 from sdxl_training.records import UserError
 from sdxl_training.tracking.progress import SilentProgress
@@ -98,6 +98,6 @@ def test_what_runs_out_is_a_sentence(tmp_path: Path) -> None:
 
 def test_names_that_mislead_are_refused_before_any_work(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"ends in \.png"):
-        sample(tmp_path, ["x"], 1, 1.0, 0, tmp_path / "x.jpg", None, True)
+        sample(tmp_path, ["x"], Previews(), tmp_path / "x.jpg", None, use_ema=True)
     with pytest.raises(UserError, match=r"ends in \.safetensors"):
         export(tmp_path, None, True, "single_file", tmp_path / "model")

@@ -152,7 +152,7 @@ def test_levels_are_remembered_by_what_the_learned_variance_leaves(
     """Levels that u has brought to unit loss are no harder than others, however large their raw loss."""
     draw, uncertainty = AdaptiveLevels(AdaptiveSettings(bins=2, every_steps=1), CPU), LogVariance(SEED)
     with torch.no_grad():
-        uncertainty.weight_F.normal_()
+        uncertainty.weight_F.normal_(generator=torch.Generator().manual_seed(1))
     objective = replace(OBJECTIVES["v_prediction"], level_draw=draw, loss_weight=NoWeight())
     learned = replace(objective, uncertainty=uncertainty)
     batch = make_batch([3], [1.0])

@@ -24,6 +24,7 @@ from sdxl_training.assemble.drawing import build_painter, sampling_of
 from sdxl_training.assemble.folder import RunFolder, run_folder
 from sdxl_training.assemble.resume import find_start, snapshot
 from sdxl_training.assemble.session import Session, open_session
+from sdxl_training.config import notes
 from sdxl_training.config.load import LoadedConfig
 from sdxl_training.parallel.group import Group, process_group
 from sdxl_training.records import UserError
@@ -113,6 +114,8 @@ def _open_progress(folder: RunFolder, group: Group) -> Progress:
 
 
 def _note_configuration(folder: RunFolder, loaded: LoadedConfig, first_step: int, progress: Progress) -> None:
+    for note in notes(loaded.config):
+        progress.message(f"note: {note}")
     changes = folder.write_config(loaded)
     if first_step and changes:
         progress.message("settings that differ from before:\n  " + "\n  ".join(changes))

@@ -56,7 +56,9 @@ class KarrasDensity(Section):
     type: Literal["karras"] = Field(default="karras", description="sigma^(1/rho) is uniform between two ends.")
     sigma_min: Positive = Field(default=SDXL_SIGMA_MIN, description="The cleanest level's sigma; SDXL's own.")
     sigma_max: Positive = Field(default=SDXL_SIGMA_MAX, description="The noisiest level's sigma; SDXL's own.")
-    rho: Positive = Field(default=7.0, description="1 is uniform in sigma; the higher, the more low noise.")
+    rho: float = Field(
+        default=7.0, ge=0.1, le=1000, description="1 is uniform in sigma; the higher, the more low noise."
+    )
 
 
 class HistogramDensity(Section):
@@ -70,16 +72,15 @@ class HistogramDensity(Section):
     )
 
 
-PlainDensity = Annotated[
+PlainDensity = (
     UniformDensity
     | LogitNormalDensity
     | LogNormalSigmaDensity
     | ModeDensity
     | CosMapDensity
     | KarrasDensity
-    | HistogramDensity,
-    Field(discriminator="type"),
-]
+    | HistogramDensity
+)
 
 
 class AdaptiveDensity(Section):
@@ -88,7 +89,9 @@ class AdaptiveDensity(Section):
     type: Literal["adaptive"] = Field(
         default="adaptive", description="Levels whose loss is large are drawn more often and count less for it."
     )
-    base: PlainDensity = Field(default=UniformDensity(), description="The density whose expected gradient is kept.")
+    base: PlainDensity = Field(
+        default=UniformDensity(), discriminator="type", description="The density whose expected gradient is kept."
+    )
     bins: int = Field(default=32, ge=2, le=1000, description="Bins of equal probability under the base.")
     warmup_samples: int = Field(default=20, ge=1, description="Losses every bin must have seen before any is favoured.")
     decay: float = Field(default=0.99, gt=0, lt=1, description="Share of the second moment that survives a loss.")
@@ -124,14 +127,5 @@ class PerBucketLevelShift(Section):
     reference_px: int = Field(default=1024, ge=8, description="Side of the square picture the factor is meant for.")
 
 
-LevelDensity = (
-    UniformDensity
-    | LogitNormalDensity
-    | LogNormalSigmaDensity
-    | ModeDensity
-    | CosMapDensity
-    | KarrasDensity
-    | HistogramDensity
-    | AdaptiveDensity
-)
+LevelDensity = PlainDensity | AdaptiveDensity
 LevelShift = NoLevelShift | FixedLevelShift | PerBucketLevelShift

@@ -52,8 +52,8 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> LoadedConfig:
     problems: list[Problem] = []
     written, defaults = _read_chain(path, path, (), problems), tree_of(default_values(), DEFAULT)
     complete = not problems
-    preset = _preset(_with_overrides(merge(defaults, written), overrides, []))
-    tree = _with_overrides(merge(merge(defaults, preset), written), overrides, problems)
+    asked = _preset(_with_overrides(Node({}, COMMAND_LINE), overrides, []))
+    tree = _with_overrides(merge(merge(defaults, written), asked), overrides, problems)
     config, rejected = _validated(tree, complete=complete)
     problems += rejected
     if config is None or problems:
@@ -85,6 +85,7 @@ def _read_chain(path: Path, root: Path, above: tuple[Path, ...], problems: list[
         return Node({}, tree.origin)
     base = tree.value.get("base")
     own = without(tree, [("base",)])
+    own = merge(_preset(own), own)
     if base is None:
         return own
     problem = _base_problem(base, path, (*above, path.resolve()))
@@ -137,10 +138,13 @@ def _with_overrides(tree: Node, overrides: Sequence[str], problems: list[Problem
 
 
 def _preset(tree: Node) -> Node:
-    """Return the settings of the preset that `tree` names; none for a name that is no preset, which is found later."""
+    """Return the settings of the preset that `tree` names; none for a name that is no preset, which is found later.
+
+    A preset lies over the bases of the file that names it, and under what that file says itself.
+    """
     node = tree.get(("training", "preset"))
     settings = PRESETS.get(str(node.value), {}) if node else {}
-    return tree_of({"training": settings}, Origin(f"preset {node.value}" if node else ""))
+    return tree_of({"training": settings} if settings else {}, Origin(f"preset {node.value}" if node else ""))
 
 
 # --- checking ---------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from sdxl_training.config.section import Fraction, Positive, Section
+from sdxl_training.config.section import Fraction, Positive, Section, SigmaData
 
 Preset = Literal["nai_v3", "nyaflow", "sd3_flow", "edm", "sdxl_base"]
 Terminal = Literal["official", "official_patched", "plus_one", "floor"]
@@ -66,7 +66,7 @@ class Edm(_Objective):
     """The preconditioned denoiser of Karras et al. 2022."""
 
     type: Literal["edm"] = Field(default="edm", description="Karras et al. 2022; at sigma_data 1 it predicts v.")
-    sigma_data: Positive = Field(default=1.0, description="Standard deviation of the latents the network is told of.")
+    sigma_data: SigmaData = Field(default=1.0, description="Standard deviation of the latents the network is told of.")
     label: Literal["timestep", "c_noise"] = Field(
         default="timestep", description="What the network reads: SDXL's timestep, or ln(sigma) / 4."
     )
@@ -127,7 +127,9 @@ class P2LossWeight(_LossWeight):
 
     type: Literal["p2"] = Field(default="p2", description="Weight SNR / (k + SNR)^gamma in x0 space.")
     k: Positive = Field(default=1.0, description="SNR around which the weight turns.")
-    gamma: float = Field(default=1.0, ge=0, description="How hard low noise is held down; 0 is epsilon's own weight.")
+    gamma: float = Field(
+        default=1.0, ge=0, le=10, description="How hard low noise is held down; 0 is epsilon's own weight."
+    )
 
 
 class TruncatedSnrLossWeight(_LossWeight):
@@ -140,14 +142,16 @@ class SigmoidLossWeight(_LossWeight):
     """sigmoid(bias - ln SNR) on epsilon under uniform ln SNR (Kingma & Gao 2023)."""
 
     type: Literal["sigmoid"] = Field(default="sigmoid", description="sigmoid(bias - ln SNR) per ln SNR, on epsilon.")
-    bias: float = Field(default=0.0, description="ln SNR at which the sigmoid is one half; 0 is no recommendation.")
+    bias: float = Field(
+        default=0.0, ge=-50, le=50, description="ln SNR at which the sigmoid is one half; 0 is no recommendation."
+    )
 
 
 class EdmLossWeight(_LossWeight):
     """SNR + 1 / sigma_data^2 in x0 space (Karras et al. 2022)."""
 
     type: Literal["edm"] = Field(default="edm", description="Weight SNR + 1 / sigma_data^2 in x0 space.")
-    sigma_data: Positive = Field(default=0.5, description="Standard deviation of the data; 1 is v-prediction's own.")
+    sigma_data: SigmaData = Field(default=0.5, description="Standard deviation of the data; 1 is v-prediction's own.")
 
 
 class CosMapLossWeight(_LossWeight):
@@ -162,7 +166,7 @@ class LearnedLossWeight(Section):
     type: Literal["learned"] = Field(
         default="learned", description="Every level brings itself to unit expected loss by a learned log-variance."
     )
-    learning_rate: Positive = Field(default=1e-2, description="Peak learning rate of the log-variance alone.")
+    learning_rate: float = Field(default=1e-2, gt=0, le=1, description="Peak learning rate of the log-variance alone.")
 
 
 # --- loss shape, noise, coupling -------------------------------------------------------------------------------------
@@ -203,11 +207,11 @@ class NoiseShape(Section):
     """Additions to standard normal noise; 0 is off."""
 
     offset: float = Field(
-        default=0.0, ge=0, description="Extra noise per channel as a whole; SDXL was finished at 0.05."
+        default=0.0, ge=0, le=10, description="Extra noise per channel as a whole; SDXL was finished at 0.05."
     )
     pyramid: float = Field(default=0.0, ge=0, lt=1, description="Extra noise at half, quarter, ... resolution.")
     input_perturbation: float = Field(
-        default=0.0, ge=0, description="Extra noise in the input that is not in the target."
+        default=0.0, ge=0, le=10, description="Extra noise in the input that is not in the target."
     )
 
 
@@ -232,7 +236,7 @@ class ConditionalTransportCoupling(Section):
         default="conditional_transport", description="The same, but rather between pictures of like captions."
     )
     strength: float = Field(
-        default=4.0, ge=0, description="Cost of unlike tags in standard deviations of the distance."
+        default=4.0, ge=0, le=1e6, description="Cost of unlike tags in standard deviations of the distance."
     )
 
 

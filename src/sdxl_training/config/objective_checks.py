@@ -10,15 +10,17 @@ from sdxl_training.config.levels import (
     SDXL_SIGMA_MIN,
     AdaptiveDensity,
     CosMapDensity,
+    FixedLevelShift,
     HistogramDensity,
     KarrasDensity,
     LevelDensity,
     LogitNormalDensity,
     LogNormalSigmaDensity,
-    NoLevelShift,
+    PerBucketLevelShift,
 )
 from sdxl_training.config.objective import (
     CleanPrediction,
+    ConditionalTransportCoupling,
     DebiasedKohyaLossWeight,
     DebiasedLossWeight,
     Edm,
@@ -38,6 +40,8 @@ from sdxl_training.config.problems import Finding
 from sdxl_training.config.schema import Config, Training
 
 OBJECTIVE = "training.objective"
+UNBOUNDED_SIGMAS = (1e-4, 1e4)
+"""Ends of what flow_matching and edm train: flow times 1e-4 away from 0 and 1."""
 
 
 def _densities(training: Training) -> Iterator[tuple[str, LevelDensity]]:
@@ -58,6 +62,10 @@ def karras_ends_make_an_interval(config: Config) -> Iterator[Finding]:
         if low >= high:
             yield Finding(f"{place}.sigma_min", f"must be below sigma_max = {high:g}", (f"{place}.sigma_max",))
         if isinstance(training.objective, (FlowMatching, Edm)):
+            for name, sigma in (("sigma_min", low), ("sigma_max", high)):
+                if not UNBOUNDED_SIGMAS[0] <= sigma <= UNBOUNDED_SIGMAS[1]:
+                    ends = f"from {UNBOUNDED_SIGMAS[0]:g} to {UNBOUNDED_SIGMAS[1]:g}"
+                    yield Finding(f"{place}.{name}", f"must lie in what {training.objective.type} trains, {ends}")
             continue
         reason = f"that is where the noise schedule of {training.objective.type} ends; use flow_matching or edm"
         if low < SDXL_SIGMA_MIN * 0.999:
@@ -82,12 +90,16 @@ def sigmoid_weights_stay_bounded(config: Config) -> Iterator[Finding]:
         if empty and isinstance(training.loss_weight, SigmoidLossWeight):
             text = "cannot be sigmoid with empty bars in the histogram: it divides by the density; raise them above 0"
             yield Finding("training.loss_weight.type", text, (f"{place}.bars",))
+    if isinstance(training.level_shift, PerBucketLevelShift) and isinstance(training.loss_weight, SigmoidLossWeight):
+        text = "cannot be sigmoid with a shift per_bucket: it divides by the density, of which each bucket has its own"
+        yield Finding("training.loss_weight.type", f"{text}; use a fixed shift", ("training.level_shift.type",))
 
 
 def shifted_levels_exist(config: Config) -> Iterator[Finding]:
     """A factor on sigma leads beyond SDXL's noisiest level, where epsilon has none."""
-    training = config.training
-    if not isinstance(training.level_shift, NoLevelShift) and not trains_pure_noise(training.objective):
+    training, shift = config.training, config.training.level_shift
+    upward = isinstance(shift, PerBucketLevelShift) or (isinstance(shift, FixedLevelShift) and shift.factor > 1)
+    if upward and not trains_pure_noise(training.objective):
         text = (
             f"moves levels beyond sigma {SDXL_SIGMA_MAX}, where this objective's schedule ends; "
             "use an objective that reaches pure noise (zero_terminal_snr: true, flow_matching or edm), or none"
@@ -222,8 +234,11 @@ def _shares_outside(density: LevelDensity) -> tuple[float, float]:
 
 
 def _lone_pictures(training: Training) -> Iterator[str]:
-    """Coupling among one."""
+    """What is shared out among the pictures of a step, and there is one."""
     counted = training.pixels_per_batch is None  # by pixels the number differs between buckets
-    lone = counted and training.batch_size * training.accumulation == 1
-    if lone and isinstance(training.coupling, OptimalTransportCoupling):
+    if not counted or training.batch_size * training.accumulation > 1:
+        return
+    if isinstance(training.coupling, (OptimalTransportCoupling, ConditionalTransportCoupling)):
         yield "training.coupling: a process alone with one picture a step has no noise to exchange."
+    if training.stratified_levels:
+        yield "training.stratified_levels: with one picture a step there is one stratum, which changes nothing."

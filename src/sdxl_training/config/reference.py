@@ -11,8 +11,9 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from sdxl_training.config.data import Data, Source
 from sdxl_training.config.emit import yaml_inline
-from sdxl_training.config.schema import Config, Data, Source
+from sdxl_training.config.schema import Config
 
 WIDTH = 112  # of 120: settings of a type that is not the default are commented out, which makes them longer
 EXAMPLE_SOURCE = Source(path="path/to/pictures")

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, Strict
 
+from sdxl_training.config.data import Data, Source
 from sdxl_training.config.levels import LevelDensity, LevelShift, NoLevelShift, UniformDensity
 from sdxl_training.config.objective import (
     Coupling,
@@ -26,13 +27,11 @@ from sdxl_training.config.objective import (
 )
 from sdxl_training.config.section import Fraction, Section
 
-Side = Annotated[int, Field(ge=8, multiple_of=8)]
 Sampler = Literal["euler", "ddim", "heun", "dpmpp_2m"]
 Grid = Literal["auto", "native", "trailing", "karras", "linear"]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 FOLDER_NAME = r"^[^\s./\\][^/\\\x00-\x1f]*$"
 DEVICE = r"^(auto|cpu|cuda(:[0-9]+)?)$"
-EXTENSION = r"^\.[A-Za-z0-9_]+$"
 
 
 # --- global_config ---------------------------------------------------------------------------------------------------
@@ -68,8 +67,12 @@ class Previews(Section):
     grid: Grid = Field(
         default="auto", description="Noise levels that are visited; auto is what the objective is usually drawn with."
     )
-    shift: float = Field(default=1.0, gt=0, description="Factor on sigma in the linear grid; above 1 dwells on noise.")
-    guidance: float = Field(default=5.0, ge=1, description="Classifier-free guidance scale; 1 means no guidance.")
+    shift: float = Field(
+        default=1.0, ge=0.01, le=100, description="Factor on sigma in the linear grid; above 1 dwells on noise."
+    )
+    guidance: float = Field(
+        default=5.0, ge=1, le=1000, description="Classifier-free guidance scale; 1 means no guidance."
+    )
     guidance_rescale: Fraction = Field(
         default=0.0, description="Share of guidance's gain in contrast that is taken back (Lin et al. 2023)."
     )
@@ -268,106 +271,7 @@ class Training(Section):
     parallel: Ddp = Field(default=Ddp(), description="How several processes share the work.")
 
 
-# --- data ------------------------------------------------------------------------------------------------------------
-
-
-class Source(Section):
-    """One folder of pictures with captions beside them."""
-
-    path: str = Field(min_length=1, description="Folder with pictures, searched with its subfolders.")
-    repeats: int = Field(default=1, ge=1, description="Times each picture is drawn in an epoch.")
-
-
-class Buckets(Section):
-    """Picture sizes; all pictures of a step share one."""
-
-    generator: Literal["area", "sdxl", "novelai", "list"] = Field(
-        default="area",
-        description="Which sizes there are: area fills resolution x resolution pixels, sdxl is SDXL's own 40, novelai "
-        "its published rule, list your own.",
-    )
-    sizes: Annotated[tuple[Annotated[tuple[Side, Side], Strict(False)], ...], Strict(False)] = Field(
-        default=(), description="Your own sizes as [height, width]; with generator: list only."
-    )
-    step_px: int = Field(
-        default=64, ge=8, multiple_of=8, description="Sides of a bucket are multiples of this many pixels."
-    )
-    min_side_px: int = Field(default=512, ge=8, description="Shortest side of a bucket in pixels.")
-    max_side_px: int = Field(default=2048, ge=8, description="Longest side of a bucket in pixels.")
-    small_pictures: Literal["leave_out", "upscale"] = Field(
-        default="leave_out", description="What happens to pictures smaller than their bucket."
-    )
-    resolutions: Literal["largest", "each"] = Field(
-        default="largest", description="With lower_resolutions: a picture goes to the largest it fills, or to each."
-    )
-    max_crop: float = Field(
-        default=1.0, gt=0, le=1, description="Pictures that would lose a larger share of their area are left out."
-    )
-
-
-class Crop(Section):
-    """What is cut out of a picture to make it its bucket's size."""
-
-    position: Literal["centre", "random"] = Field(default="centre", description="Where pictures are cut.")
-    variants: int = Field(
-        default=1, ge=1, description="Random crops kept of each picture; each is a latent, visits take turns."
-    )
-    flip: bool = Field(
-        default=False,
-        description="Whether every picture is trained mirrored, too; doubles the cache, and belies left and right.",
-    )
-    seed: int = Field(default=0, ge=0, description="Seed of random crops; another one encodes them anew.")
-
-
-class Captions(Section):
-    """Comma-separated tags or sentences in a text file beside each picture."""
-
-    extension: str = Field(
-        default=".txt",
-        pattern=EXTENSION,
-        json_schema_extra={"in_words": "a dot and letters, like .txt"},
-        description="Ending of the caption file's name.",
-    )
-    separator: str = Field(default=",", min_length=1, description="Text between two tags.")
-    shuffle: bool = Field(default=True, description="Whether the order of tags is drawn anew each time.")
-    keep_first: int = Field(
-        default=1, ge=0, description="Number of leading tags that keep their place and never drop out."
-    )
-    tag_dropout: Fraction = Field(default=0.0, description="Probability that one tag is left out.")
-    caption_dropout: Fraction = Field(default=0.1, description="Probability of an empty caption; guidance needs some.")
-    missing: Literal["refuse", "empty", "leave_out"] = Field(
-        default="refuse", description="What happens to a picture without a caption file."
-    )
-
-
-class Cache(Section):
-    """Encoded pictures on disk."""
-
-    path: str | None = Field(default=None, min_length=1, description="Folder of the cache; null: <output_dir>/cache.")
-    posterior: Literal["sample", "mean"] = Field(
-        default="sample", description="Whether a latent is drawn from the VAE's distribution or is its mean."
-    )
-
-
-class Data(Section):
-    """Which pictures, at what sizes, with what captions."""
-
-    sources: Annotated[tuple[Source, ...], Strict(False)] = Field(
-        min_length=1, description="Folders of pictures; at least one."
-    )
-    resolution: int = Field(
-        default=1024, ge=8, description="Side of the square bucket in pixels; no bucket has a larger area."
-    )
-    lower_resolutions: Annotated[tuple[Side, ...], Strict(False)] = Field(
-        default=(), description="Further resolutions, for pictures that do not fill the first."
-    )
-    buckets: Buckets = Field(default=Buckets(), description="Picture sizes; all pictures of a step share one.")
-    crop: Crop = Field(default=Crop(), description="What is cut out of a picture.")
-    captions: Captions = Field(default=Captions(), description="Text files beside the pictures.")
-    cache: Cache = Field(default=Cache(), description="Pictures encoded by the VAE, kept on disk.")
-    workers: int = Field(
-        default=2, ge=0, description="Processes that read and decode pictures; 0 uses the main process."
-    )
+# --- the whole ---------------------------------------------------------------------------------------------------------
 
 
 class NoTagWeighting(Section):

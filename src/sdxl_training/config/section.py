@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
+SigmaData = Annotated[float, Field(ge=1e-3, le=1e3)]
 
 
 class Section(BaseModel):

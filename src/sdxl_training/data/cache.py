@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sdxl_training.data.images import (
+    RESAMPLING,
     UnreadablePicture,
     decode_pixels,
     hash_content,
@@ -34,7 +35,7 @@ from sdxl_training.data.scan import Progress, Quarantined
 from sdxl_training.data.shards import Manifest, Origin, Posterior, ShardWriter, list_manifests
 from sdxl_training.records import CropPlan, ImageRecord, UserError
 
-FORMAT = "1"  # of shard and manifest, and of how pixels are prepared (antialiased bicubic): part of every key
+FORMAT = f"2-{RESAMPLING}"  # of shard and manifest, and of how pixels are prepared: part of every key
 LATENT_FACTOR = 8
 
 # pixels_BCHW in [-1, 1], fp32 -> scaled mean_BCHW and std_BCHW, fp32, on any device

@@ -27,14 +27,11 @@ log = logging.getLogger(__name__)
 
 
 def to_srgb(image: Image.Image, path: str, background: RGB = WHITE) -> Image.Image:
-    """Return a decoded picture as 8-bit sRGB, its transparent parts over `background` (sRGB, 0 to 255).
+    """Return a decoded picture of one of MODES as 8-bit sRGB, its transparent parts over `background` (0 to 255).
 
     Palettes, grey, CMYK and YCbCr become RGB; an embedded colour profile is applied. A profile that does not fit its
-    picture is ignored, as viewers do, with a warning that names `path`. Raises ValueError for samples whose range is
-    not known.
+    picture is ignored, as viewers do, with a warning that names `path`.
     """
-    if image.mode not in MODES:
-        raise ValueError(f"samples of mode {image.mode} have no agreed range; save it with 8 or 16 bits a channel")
     profile = image.info.get("icc_profile")
     if not image.has_transparency_data:
         return _without_profile(image, profile, path)
@@ -50,7 +47,7 @@ def to_eight_bits(samples: NDArray[Any]) -> Image.Image:
     65535 becomes 255, to the nearest level. Raises ValueError for samples of another kind.
     """
     if samples.dtype != np.uint16:
-        raise ValueError(f"samples of kind {samples.dtype} have no agreed range")
+        raise ValueError(f"its samples are {samples.dtype}, not 16 bits")
     eight = ((samples.astype(np.uint32) + 128) // 257).astype(np.uint8)  # 257 = 65535 / 255
     if eight.ndim == 2:
         return Image.fromarray(eight)

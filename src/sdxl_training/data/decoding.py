@@ -36,7 +36,7 @@ from PIL.ExifTags import Base as ExifTag
 from PIL.ImageFile import ImageFile
 from torch import Tensor
 
-from sdxl_training.data.colour import RGB, WHITE, is_srgb, to_eight_bits, to_srgb
+from sdxl_training.data.colour import MODES, RGB, WHITE, is_srgb, to_eight_bits, to_srgb
 from sdxl_training.data.webp import read_webp_header
 from sdxl_training.records import SizeHW
 
@@ -56,7 +56,7 @@ cv2.setNumThreads(0)
 
 MAX_PIXELS = 178_956_970  # where Pillow, too, speaks of a decompression bomb: half a gigabyte of RGB
 LONGEST_START = 64  # bytes that tell a format
-# What decoders raise on damaged content: OSError for truncation, SyntaxError for bad chunks, RuntimeError from AVIF, the
+# What decoders raise on damaged content: OSError for truncation, SyntaxError for bad chunks, RuntimeError for AVIF, the
 # rest from parsers; warnings where the process has made them errors.
 DAMAGE = (
     OSError,
@@ -185,15 +185,33 @@ def _decode(image: ImageFile, data: bytes, path: str, background: RGB) -> Pixels
             return _by_opencv(data, image.size, cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
         except ValueError:
             pass  # Pillow has the last word, and says what is wrong
+    if image.mode not in MODES:
+        raise UnreadablePicture(
+            path, f"its samples (mode {image.mode}) have no agreed range; save it with 8 or 16 bits"
+        )
     image.load()
     return np.array(to_srgb(image, path, background))
 
 
 def _by_opencv(data: bytes, size: tuple[int, int], flags: int) -> Pixels:
+    """Decode a file whose size is known to be `size` (width, height); raises ValueError where that cannot be done."""
+    if data.startswith(b"\x89PNG") and not _chunks_fit(data):
+        raise ValueError("it is not complete")
     pixels: Pixels | None = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
     if pixels is None or pixels.shape[1::-1] != size:
         raise ValueError("its pixels cannot be decoded")
     return pixels
+
+
+def _chunks_fit(png: bytes) -> bool:
+    """Whether all chunks are there: OpenCV believes the lengths they claim, and makes room for up to 4 GB."""
+    start = 8
+    while start + 12 <= len(png):
+        last = png[start + 4 : start + 8] == b"IEND"
+        start += 12 + int.from_bytes(png[start : start + 4], "big")
+        if last:
+            return start <= len(png)
+    return False
 
 
 def _is_deep(image: ImageFile) -> bool:
@@ -231,7 +249,9 @@ def _opened(file: BinaryIO, kind: Format, path: str) -> Iterator[ImageFile]:
         # Not Image.open: its limit on the size is the process's, and below it a warning.
         with kind.reader(file) as image:
             _check_size(*image.size, path)
-            image.info.update(metadata)
+            if kind.name == "WebP":  # by the same reading for the header and for the pixels
+                image.info = {"icc_profile": image.info.get("icc_profile")}
+                image.info.update(metadata)
             yield image
 
 

@@ -19,7 +19,9 @@ from sdxl_training.data.images import UnreadablePicture, hash_content, read_file
 from sdxl_training.data.index import FileKey, Header, read_index, write_index
 from sdxl_training.records import ImageRecord, UserError
 
-EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
+EXTENSIONS = frozenset(
+    {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic", ".heif", ".jxl"}
+)
 IGNORED_FOLDER = "__MACOSX"
 EXAMPLES = 5
 CHUNK = 1024  # files handed to the threads at a time

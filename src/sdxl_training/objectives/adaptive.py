@@ -1,4 +1,4 @@
-"""Dynamic noise scheduling: levels whose loss varies more are drawn more often, and count less for it.
+"""Dynamic noise scheduling: levels whose loss is larger are drawn more often, and count less for it.
 
 Levels are drawn through a uniform number u in [0, 1). This module cuts that interval into bins of equal probability
 and draws bin k with probability p_k proportional to the root of the running second moment of its weighted loss, which

@@ -7,12 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sdxl_training.objectives.grids import EDM_SIGMAS
 from sdxl_training.objectives.heads import CleanHead, EpsilonHead, FlowHead, VelocityHead
 from sdxl_training.objectives.objective import Objective
 from sdxl_training.objectives.paths import EDMPath, PreconditionedFlowPath
 from sdxl_training.records import UserError
-
-EDM_SIGMA_MIN, EDM_SIGMA_MAX = 0.002, 80.0
 
 
 def scheduler_config(objective: Objective) -> dict[str, Any]:
@@ -51,8 +50,8 @@ def _edm_scheduler(objective: Objective) -> dict[str, Any]:
         "num_train_timesteps": 1000,
         "prediction_type": "v_prediction",
         "sigma_data": path.sigma_data,
-        "sigma_min": EDM_SIGMA_MIN,
-        "sigma_max": EDM_SIGMA_MAX,
+        "sigma_min": EDM_SIGMAS[0],
+        "sigma_max": EDM_SIGMAS[1],
         "sigma_schedule": "karras",
         "rho": 7.0,
     }
@@ -74,8 +73,8 @@ def marker_keys(objective: Objective) -> dict[str, Tensor]:
     """
     if _is_like_cosxl(objective):
         return {
-            "edm_vpred.sigma_max": torch.tensor(EDM_SIGMA_MAX),
-            "edm_vpred.sigma_min": torch.tensor(EDM_SIGMA_MIN),
+            "edm_vpred.sigma_max": torch.tensor(EDM_SIGMAS[1]),
+            "edm_vpred.sigma_min": torch.tensor(EDM_SIGMAS[0]),
         }
     if _is_edm(objective):
         return {}

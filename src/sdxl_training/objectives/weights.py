@@ -21,6 +21,7 @@ from torch import Tensor
 from sdxl_training.objectives.densities import LevelDensity
 from sdxl_training.objectives.heads import EpsilonHead, Head, VelocityHead
 from sdxl_training.objectives.paths import SDXL_TRAIN_STEPS, Levels, NoisePath
+from sdxl_training.records import UserError
 
 TerminalPolicy = Literal["official", "official_patched", "plus_one", "floor"]
 KOHYA_SNR_LIMIT = 1000.0
@@ -204,6 +205,11 @@ class Sigmoid:
         place_K, share_K = torch.unique_consecutive(log_sigma_N, return_counts=True)
         centre_K = (share_K.cumsum(0) - share_K / 2.0) / len(log_sigma_N)
         inside_K = place_K.isfinite()
+        if inside_K.sum() < 2:
+            raise UserError(
+                "training.loss_weight.type = sigmoid: it divides by the density of levels, and this one has a single "
+                "level. Choose another training.level_density or weight."
+            )
         self._place = place_K[inside_K].numpy()
         self._slope = 2 * numpy.gradient(self._place, centre_K[inside_K].numpy())
 
@@ -248,6 +254,12 @@ def make_weight(name: str, options: Mapping[str, Any], normalise: bool, problem:
 
 
 def normalised(weight: LossWeight, problem: Problem) -> LossWeight:
-    """Return the weight with mean 1 under the problem's density of levels."""
+    """Return the weight with mean 1 under the problem's density of levels; raises UserError where it has no mean."""
     _, levels = problem.quadrature()
-    return Normalised(weight, float(weight.weight(problem.head, levels.a_B, levels.b_B).double().mean()))
+    mean = float(weight.weight(problem.head, levels.a_B, levels.b_B).double().mean())
+    if not 0 < mean < math.inf:
+        raise UserError(
+            f"training.loss_weight.normalise: the weight's mean over the density of levels is {mean:g}, which cannot "
+            "be brought to 1. Choose another weight or density, or normalise: false."
+        )
+    return Normalised(weight, mean)
