@@ -271,7 +271,7 @@ class Training(Section):
     parallel: Ddp = Field(default=Ddp(), description="How several processes share the work.")
 
 
-# --- the whole ---------------------------------------------------------------------------------------------------------
+# --- the whole --------------------------------------------------------------------------------------------------------
 
 
 class NoTagWeighting(Section):
