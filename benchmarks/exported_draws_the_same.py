@@ -3,7 +3,8 @@
     python benchmarks/exported_draws_the_same.py --run runs/miniature_v_prediction
 
 Exports the run, loads the folder in StableDiffusionXLPipeline, draws the demo's 72 prompts in both from the same noise
-in fp32, and prints the mean absolute difference in units of 1/255. For v-prediction and epsilon runs.
+in fp32, and prints the mean absolute difference in units of 1/255. For runs whose export is an epsilon, v-prediction or
+x0 model: all but raw flows and EDM with labels of its own.
 """
 
 from __future__ import annotations
@@ -39,11 +40,11 @@ def draw_with_diffusers(folder: Path, texts: list[str], side: int, ddim: bool) -
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, required=True, help="folder of a v-prediction or epsilon run")
+    parser.add_argument("--run", type=Path, required=True, help="folder of the run")
     run = parser.parse_args().run
     texts = [text for text, _ in prompts()]
     side = load_config(run / "config.resolved.yaml").config.data.resolution
-    ours = np.stack(draw_prompts(run, texts, Sampling(steps=STEPS, guidance=GUIDANCE, seed=SEED)))
+    ours = np.stack(draw_prompts(run, texts, Sampling(STEPS, GUIDANCE, SEED, grid="trailing")))
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "exported"
         export(run, None, True, "diffusers", folder)

@@ -314,6 +314,18 @@ def test_a_picture_of_another_process_that_cannot_be_read_is_named_too():
         share[step]
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_latent_that_is_not_finite_is_refused_by_name(value):
+    good = Latents("")
+
+    def read_latent(key):
+        mean_CHW, std_CHW = good(key)
+        return (mean_CHW.index_fill(0, torch.tensor([2]), value), std_CHW) if key == "5" else (mean_CHW, std_CHW)
+
+    with pytest.raises(UserError, match=r"^/p/5.png: its cached latent holds values that are not finite"):
+        list(open_loader(micro_batches(read_latent=read_latent), 0, 20, workers=0, pin=False))
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_picture_that_cannot_be_read_is_named_in_one_sentence(workers):
     with pytest.raises(UserError) as caught:
