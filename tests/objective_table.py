@@ -128,7 +128,7 @@ class GivenDraws:
 def levels_of(objective: Objective, uniform_B: Tensor) -> DrawnLevels:
     """What `draw_levels` makes of these numbers."""
     nothing = torch.empty(0)
-    batch = Batch(nothing, nothing, Conditioning(nothing, nothing, nothing), nothing, (), (), 0, ())
+    batch = Batch(nothing, nothing, Conditioning(nothing, nothing, nothing), nothing, (), (), 0, (), 0)
     return replace(objective, draws=GivenDraws(uniform_B)).draw_levels(0, batch, (1024, 1024))
 
 
