@@ -24,19 +24,32 @@ class UserError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class ImageRecord:
-    """One readable picture of a source folder, before it is decoded.
+    """One picture of a source whose header could be read, before it is decoded.
 
-    `sample_id` is stable across machines and moves of the folder: it hashes the source's number and the relative path.
-    `content_hash` is the BLAKE2b digest of the file's bytes (hex).
+    `sample_id` is stable across machines and moves of the source: it hashes the source's number and the picture's name.
+    path: what people are shown. captions: alternatives, of which a visit shows one; at least one, which may be empty.
+    tags: those of the first caption, or given beside it. source: its number in the configuration. picture: its number
+    among all pictures, by which its bytes and its content hash are found. focus: the box (top, left, height, width) to
+    keep, as written.
     """
 
     sample_id: int
     path: str
     size_hw: SizeHW
-    content_hash: str
-    caption: str
+    captions: tuple[str, ...]
     tags: tuple[str, ...]
     repeats: int = 1
+    source: int = 0
+    picture: int = 0
+    focus: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Quarantined:
+    """A picture that cannot be used, and why; one line of quarantine.jsonl."""
+
+    path: str
+    reason: str
 
 
 @dataclass(frozen=True, slots=True, order=True)

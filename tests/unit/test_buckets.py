@@ -17,8 +17,9 @@ from sdxl_training.data.bucket_lists import (
     novelai_buckets,
     sdxl_buckets,
 )
-from sdxl_training.data.buckets import Fitting, assign_buckets, make_buckets, plan_crop, plan_pictures, plan_resolutions
+from sdxl_training.data.buckets import Fitting, assign_buckets, make_buckets, plan_crop
 from sdxl_training.data.crops import Cut
+from sdxl_training.data.picture_plan import PicturePlan, plan_resolutions
 from sdxl_training.records import Bucket, ImageRecord, UserError
 
 # sd-scripts' list for 1024, 512..2048, step 64, as (width, height); the set is symmetric.
@@ -43,8 +44,12 @@ THREE = buckets_at_resolutions(area_buckets, [512, 1024, 768], 64, 512, 2048)
 sides = st.integers(1, 6000)
 
 
-def record(number: int, size_hw: tuple[int, int], repeats: int = 1) -> ImageRecord:
-    return ImageRecord(number, f"/pictures/{number}.png", size_hw, f"{number:032x}", "a", ("a",), repeats)
+def record(number: int, size_hw: tuple[int, int], repeats: int = 1, focus=None) -> ImageRecord:
+    return ImageRecord(number, f"/pictures/{number}.png", size_hw, ("a",), ("a",), repeats, focus=focus)
+
+
+def plan_pictures(records, buckets, small_pictures) -> PicturePlan:
+    return plan_resolutions(records, [buckets], Fitting(small_pictures))
 
 
 def sizes_of(buckets) -> list[tuple[int, int]]:
@@ -194,12 +199,12 @@ def test_small_pictures_are_left_out_by_name_or_enlarged():
     assert "40x40 is smaller than its bucket 64x64" in strict.left_out[0].reason
     assert strict.upscaled == 0
     lenient = plan_pictures(records, SMALL, "upscale")
-    assert lenient.records == tuple(records)
-    assert lenient.left_out == ()
+    assert list(lenient.records) == records
+    assert not lenient.left_out
     assert lenient.upscaled == 2
     assert lenient.images_per_epoch == 6
     assert lenient.counts == {Bucket((64, 64)): 3, lenient.plans[3].bucket: 1}
-    assert sum(lenient.by_bucket.values(), ()) == (0, 1, 2, 3)
+    assert sorted(np.concatenate([*lenient.by_bucket.values()])) == [0, 1, 2, 3]
 
 
 def test_nothing_left_is_an_error_with_a_remedy():
@@ -225,20 +230,21 @@ def test_a_picture_goes_to_the_largest_resolution_it_fills_or_to_each(sizes, eac
             plan_resolutions(records, THREE, fitting)
         return
     plan = plan_resolutions(records, THREE, fitting)
+    assert list(plan.cropped) == [p.cropped_fraction for p in plan.plans]
+    assert list(plan.scales) == [p.scale for p in plan.plans]
     got = [[p.bucket for r, p in plan.prepared() if r.path == one.path] for one in records]
     assert got == expected
     assert [absent.record.sample_id for absent in plan.left_out] == [i for i, e in enumerate(expected) if not e]
     for absent in plan.left_out:
         assert f"smaller than its bucket {plan_crop(absent.record.size_hw, THREE[-1]).bucket} " in absent.reason
     assert len({r.sample_id for r in plan.records}) == len(plan.records), "two appearances share their randomness"
-    first = {r.path: r.sample_id for r in reversed(plan.records)}
+    first = {r.path: r.sample_id for r in reversed(list(plan.records))}
     assert all(first[r.path] == r.sample_id for r in records if r.path in first)
 
 
 def test_one_resolution_is_planned_as_ever():
     records = [record(number, (64 + 7 * number, 150 - 5 * number)) for number in range(10)]
-    assert plan_resolutions(records, [SMALL], Fitting("upscale")) == plan_pictures(records, SMALL, "upscale")
-    assert plan_pictures(records, SMALL, "upscale").plans == tuple(plan_crop(r.size_hw, SMALL) for r in records)
+    assert list(plan_pictures(records, SMALL, "upscale").plans) == [plan_crop(r.size_hw, SMALL) for r in records]
 
 
 def test_a_picture_that_would_lose_too_much_is_left_out_by_name():
@@ -253,15 +259,15 @@ def test_variants_share_their_picture_and_bucket():
     plan = plan_resolutions(records, [SMALL], Fitting("upscale"), Cut("random", variants=3, flip=True, seed=1))
     assert [len({p.bucket for p in variants}) for variants in plan.variants] == [1] * 5
     assert len(list(plan.prepared())) == sum(map(len, plan.variants)) > 10
-    assert plan.plans == tuple(variants[0] for variants in plan.variants)
-    assert plan.subset([3, 1]).variants == (plan.variants[3], plan.variants[1])
+    assert list(plan.plans) == [variants[0] for variants in plan.variants]
+    assert list(plan.subset([3, 1]).variants) == [plan.variants[3], plan.variants[1]]
     assert f"variants: {len(list(plan.prepared()))} latents of 5 pictures" in plan.describe()
     assert "variants" not in plan_pictures(records, SMALL, "upscale").describe()
 
 
 def test_boxes_belong_to_their_pictures():
-    records = [record(number, (300, 64)) for number in range(3)]
-    plan = plan_resolutions(records, [SMALL], Fitting("upscale"), Cut("focus"), {1: (0, 0, 20, 64)})
+    records = [record(number, (300, 64), focus=(0, 0, 20, 64) if number == 1 else None) for number in range(3)]
+    plan = plan_resolutions(records, [SMALL], Fitting("upscale"), Cut("focus"))
     assert [p.crop_tl for p in plan.plans] == [(11, 0), (0, 0), (11, 0)]
 
 

@@ -1,30 +1,27 @@
-"""Which bucket a picture goes to, and what becomes of a whole data set (integers only)."""
+"""Which bucket a picture goes to (integers only), one picture at a time and a million at once.
+
+Shape legend: N pictures, R resolutions.
+"""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
-from types import MappingProxyType
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from sdxl_training.data.bucket_lists import area_buckets
-from sdxl_training.data.crops import Box, Cut, centre_crop, sample_id_at
-from sdxl_training.records import Bucket, CropPlan, ImageRecord, SizeHW, UserError
+from sdxl_training.data.crops import centre_crop, covering_sizes
+from sdxl_training.records import Bucket, CropPlan, SizeHW
 
 SmallPictures = Literal["leave_out", "upscale"]
 Resolutions = Literal["largest", "each"]
-NOTABLE_CROP = 0.10
-BAR_WIDTH = 30
+Integers = NDArray[np.int64]
 CHUNK = 2**14  # pictures at a time, so that a column of them stays in the processor's cache
 
 make_buckets = area_buckets
-CENTRE = Cut()
-NO_BOXES: Mapping[int, Box] = MappingProxyType({})
 
 
 def plan_crop(original_hw: SizeHW, buckets: Sequence[Bucket]) -> CropPlan:
@@ -71,124 +68,18 @@ def _area(bucket: Bucket) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class LeftOut:
-    """A readable picture that does not take part, and why."""
+class Places:
+    """Which buckets N pictures take part in.
 
-    record: ImageRecord
-    reason: str
-
-
-@dataclass(frozen=True)
-class PicturePlan:
-    """What becomes of every picture; record numbers are positions here.
-
-    variants[i]: the ways in which `records[i]` is prepared, all for one bucket; a visit shows one of them. A picture
-    that is trained at several resolutions is a record at each.
+    picture_M, bucket_M: M appearances, by picture and the largest resolution first; bucket is a number in `buckets`.
+    first_M: whether it is the picture's first. none_N: pictures that take part in no bucket.
     """
 
-    records: tuple[ImageRecord, ...]
-    variants: tuple[tuple[CropPlan, ...], ...]
-    left_out: tuple[LeftOut, ...]
-
-    @cached_property
-    def plans(self) -> tuple[CropPlan, ...]:
-        """Return the first variant of each record; bucket and scale are the same in all of them."""
-        return tuple(variants[0] for variants in self.variants)
-
-    def prepared(self) -> Iterator[tuple[ImageRecord, CropPlan]]:
-        """Yield every record with each of its variants: all that has to be encoded."""
-        for record, variants in zip(self.records, self.variants, strict=True):
-            for plan in variants:
-                yield record, plan
-
-    @cached_property
-    def by_bucket(self) -> dict[Bucket, tuple[int, ...]]:
-        """Return the record numbers of each bucket that has any, buckets in order."""
-        members: dict[Bucket, list[int]] = {}
-        for number, plan in enumerate(self.plans):
-            members.setdefault(plan.bucket, []).append(number)
-        return {bucket: tuple(members[bucket]) for bucket in sorted(members)}
-
-    @property
-    def largest_bucket(self) -> Bucket:
-        """Return the bucket in use with the largest area."""
-        return max(self.by_bucket, key=_area)
-
-    def subset(self, numbers: Sequence[int]) -> PicturePlan:
-        """Return the plan of these record numbers only, renumbered in the order given."""
-        records = tuple(self.records[number] for number in numbers)
-        return PicturePlan(records, tuple(self.variants[number] for number in numbers), self.left_out)
-
-    @property
-    def counts(self) -> dict[Bucket, int]:
-        """Return the number of pictures in each bucket."""
-        return {bucket: len(numbers) for bucket, numbers in self.by_bucket.items()}
-
-    @property
-    def images_per_epoch(self) -> int:
-        """Return pictures times repeats."""
-        return sum(record.repeats for record in self.records)
-
-    @property
-    def upscaled(self) -> int:
-        """Return how many pictures are enlarged."""
-        return sum(plan.scale > 1.0 for plan in self.plans)
-
-    def worst_crops(self, count: int) -> list[tuple[ImageRecord, CropPlan]]:
-        """Return the pictures that lose the largest share of their area, worst first; uncut pictures are not listed."""
-        cut = [pair for pair in zip(self.records, self.plans, strict=True) if pair[1].cropped_fraction > 0]
-        return sorted(cut, key=lambda pair: (-pair[1].cropped_fraction, pair[0].path))[:count]
-
-    def describe(self, examples: int = 10) -> str:
-        """Return plain text for people: histogram, crops, enlargements, pictures left out."""
-        parts = (self._histogram(), self._varied(), self._crops(examples), self._enlarged(), self._absent(examples))
-        return "\n".join(line for part in parts for line in part)
-
-    def _histogram(self) -> list[str]:
-        repeated = Counter[Bucket]()
-        for record, plan in zip(self.records, self.plans, strict=True):
-            repeated[plan.bucket] += record.repeats
-        fullest = max(self.counts.values())
-        lines = [
-            f"{_number(len(self.records), 'picture')} in {_number(len(self.counts), 'bucket')}; "
-            f"pictures x repeats = {self.images_per_epoch} images an epoch",
-            f"  {'height x width':<15}{'pictures':>9}{'x repeats':>11}",
-        ]
-        for bucket, count in self.counts.items():
-            bar = "#" * -(-BAR_WIDTH * count // fullest)
-            lines.append(f"  {bucket!s:<15}{count:>9}{repeated[bucket]:>11}  {bar}")
-        return lines
-
-    def _varied(self) -> list[str]:
-        latents = sum(map(len, self.variants))
-        if latents == len(self.variants):
-            return []
-        return [f"variants: {latents} latents of {_number(len(self.variants), 'picture')} (crops, mirrored or not)"]
-
-    def _crops(self, examples: int) -> list[str]:
-        untouched = sum(plan.resized_hw == plan.original_hw == plan.bucket.size_hw for plan in self.plans)
-        notable = sum(plan.cropped_fraction > NOTABLE_CROP for plan in self.plans)
-        lines = [
-            f"cropping: {untouched} untouched (exactly a bucket's size), "
-            f"{notable} lose more than {NOTABLE_CROP:.0%} of their area"
-        ]
-        for record, plan in self.worst_crops(examples):
-            lines.append(
-                f"  {plan.cropped_fraction:6.1%} cut, scaled {plan.scale:.2f}x: {record.path} "
-                f"({_size(plan.original_hw)} -> {plan.bucket})"
-            )
-        return lines
-
-    def _enlarged(self) -> list[str]:
-        largest = max((plan.scale for plan in self.plans), default=1.0)
-        return [f"enlarged: {self.upscaled}" + (f", at most {largest:.2f}x" if self.upscaled else "")]
-
-    def _absent(self, examples: int) -> list[str]:
-        lines = [f"left out: {len(self.left_out)}"]
-        lines += [f"  {absent.record.path}: {absent.reason}" for absent in self.left_out[:examples]]
-        if len(self.left_out) > examples:
-            lines.append(f"  and {len(self.left_out) - examples} more")
-        return lines
+    buckets: tuple[Bucket, ...]
+    picture_M: Integers
+    bucket_M: Integers
+    first_M: NDArray[np.bool_]
+    none_N: NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,93 +94,51 @@ class Fitting:
     resolutions: Resolutions = "largest"
     max_crop: float = 1.0
 
-    def place(self, size_hw: SizeHW, nearest: Sequence[Bucket]) -> tuple[Bucket, ...] | str:
-        """Return the buckets among `nearest`, one a resolution and the largest first; or why there is none."""
-        plans = [centre_crop(size_hw, bucket) for bucket in nearest]
+    def place(self, heights_N: ArrayLike, widths_N: ArrayLike, resolutions: Sequence[Sequence[Bucket]]) -> Places:
+        """Return where pictures of these sizes go. resolutions: the buckets of each, the largest first."""
+        heights_N, widths_N = np.asarray(heights_N, dtype=np.int64), np.asarray(widths_N, dtype=np.int64)
+        buckets = tuple(dict.fromkeys(bucket for listed in resolutions for bucket in listed))
+        number = {bucket: i for i, bucket in enumerate(buckets)}
+        sizes_K2 = np.array([bucket.size_hw for bucket in buckets], dtype=np.int64).reshape(-1, 2)
+        bucket_RN = np.stack(
+            [
+                np.array([number[bucket] for bucket in listed])[assign_buckets(heights_N, widths_N, listed)]
+                for listed in resolutions
+            ]
+        )
+        target_h_RN, target_w_RN = sizes_K2[bucket_RN, 0], sizes_K2[bucket_RN, 1]
+        resized_h_RN, resized_w_RN = covering_sizes(heights_N, widths_N, target_h_RN, target_w_RN)
+        chosen_RN = (resized_h_RN <= heights_N) & (resized_w_RN <= widths_N)
+        if self.small_pictures == "upscale":
+            chosen_RN[-1] |= ~chosen_RN.any(axis=0)
+        if self.resolutions == "largest":
+            chosen_RN &= np.cumsum(chosen_RN, axis=0) == 1
+        # The same sum as CropPlan.cropped_fraction.
+        chosen_RN &= 1.0 - target_h_RN * target_w_RN / (resized_h_RN * resized_w_RN) <= self.max_crop
+        for r in range(1, len(chosen_RN)):  # two resolutions may share a bucket
+            chosen_RN[r] &= ~((bucket_RN[:r] == bucket_RN[r]) & chosen_RN[:r]).any(axis=0)
+        picture_M, resolution_M = np.nonzero(chosen_RN.T)
+        first_M = np.diff(picture_M, prepend=-1) > 0
+        none_N = np.asarray(~chosen_RN.any(axis=0))
+        return Places(buckets, picture_M, bucket_RN[resolution_M, picture_M], first_M, none_N)
+
+    def why_nowhere(self, size_hw: SizeHW, resolutions: Sequence[Sequence[Bucket]]) -> str:
+        """Return why a picture of this size takes part in no bucket."""
+        plans = [plan_crop(size_hw, buckets) for buckets in resolutions]
         filled = [plan for plan in plans if plan.scale <= 1.0]
         if not filled and self.small_pictures == "leave_out":
             return _too_small(plans[-1])
-        chosen = filled or plans[-1:]
-        if self.resolutions == "largest":
-            chosen = chosen[:1]
-        kept = dict.fromkeys(plan.bucket for plan in chosen if plan.cropped_fraction <= self.max_crop)
-        return tuple(kept) or _too_narrow(chosen[0], self.max_crop)
-
-
-def plan_resolutions(
-    records: Iterable[ImageRecord],
-    resolutions: Sequence[Sequence[Bucket]],
-    fitting: Fitting,
-    cut: Cut = CENTRE,
-    focus: Mapping[int, Box] = NO_BOXES,
-) -> PicturePlan:
-    """Plan every picture. resolutions: the buckets of each, the largest first. focus: boxes by sample id.
-
-    Further appearances of a picture at other resolutions have sample ids of their own, so their randomness differs.
-    Raises UserError when no picture is left.
-    """
-    records = tuple(records)
-    places = _places(dict.fromkeys(record.size_hw for record in records), resolutions, fitting)
-    kept: list[ImageRecord] = []
-    variants: list[tuple[CropPlan, ...]] = []
-    left_out: list[LeftOut] = []
-    for record in records:
-        place = places[record.size_hw]
-        if isinstance(place, str):
-            left_out.append(LeftOut(record, place))
-            continue
-        for bucket in place:
-            sample_id = record.sample_id if bucket == place[0] else sample_id_at(record.sample_id, bucket)
-            kept.append(record if sample_id == record.sample_id else replace(record, sample_id=sample_id))
-            variants.append(cut.plans(record.size_hw, bucket, sample_id, focus.get(record.sample_id)))
-    if not kept:
-        raise UserError(_nothing_left(left_out))
-    return PicturePlan(tuple(kept), tuple(variants), tuple(left_out))
-
-
-def plan_pictures(
-    records: Iterable[ImageRecord], buckets: Sequence[Bucket], small_pictures: SmallPictures
-) -> PicturePlan:
-    """Plan every picture for one resolution, cut at the centre; see `plan_resolutions`."""
-    return plan_resolutions(records, [buckets], Fitting(small_pictures))
-
-
-def _places(
-    sizes: Iterable[SizeHW], resolutions: Sequence[Sequence[Bucket]], fitting: Fitting
-) -> dict[SizeHW, tuple[Bucket, ...] | str]:
-    sizes = tuple(sizes)
-    heights_N, widths_N = np.array(sizes).reshape(-1, 2).T
-    numbers = [assign_buckets(heights_N, widths_N, buckets).tolist() for buckets in resolutions]
-    return {
-        size_hw: fitting.place(size_hw, [buckets[number] for buckets, number in zip(resolutions, nearest, strict=True)])
-        for size_hw, *nearest in zip(sizes, *numbers, strict=True)
-    }
+        return _too_narrow((filled or plans[-1:])[0], self.max_crop)
 
 
 def _too_small(plan: CropPlan) -> str:
-    return f"{_size(plan.original_hw)} is smaller than its bucket {plan.bucket} (needs enlarging {plan.scale:.2f}x)"
+    height, width = plan.original_hw
+    return f"{height}x{width} is smaller than its bucket {plan.bucket} (needs enlarging {plan.scale:.2f}x)"
 
 
 def _too_narrow(plan: CropPlan, max_crop: float) -> str:
+    height, width = plan.original_hw
     return (
-        f"{_size(plan.original_hw)} loses {plan.cropped_fraction:.0%} of its area in its bucket {plan.bucket} "
+        f"{height}x{width} loses {plan.cropped_fraction:.0%} of its area in its bucket {plan.bucket} "
         f"(more than {max_crop:.0%})"
     )
-
-
-def _nothing_left(left_out: Sequence[LeftOut]) -> str:
-    if not left_out:
-        return "data.sources: there is no picture to plan. Add pictures to a source folder."
-    example = left_out[0]
-    return (
-        f"data.sources: none of the {len(left_out)} pictures fits its bucket, for example {example.record.path}: "
-        f"{example.reason}. Lower data.resolution, set data.buckets.small_pictures: upscale, or allow larger crops."
-    )
-
-
-def _size(size_hw: SizeHW) -> str:
-    return f"{size_hw[0]}x{size_hw[1]}"
-
-
-def _number(count: int, noun: str) -> str:
-    return f"{count} {noun}" + ("" if count == 1 else "s")

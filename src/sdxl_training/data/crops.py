@@ -10,7 +10,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 from sdxl_training.records import Bucket, CropPlan, SizeHW, UserError
 from sdxl_training.rng import Stream, derive_seed
@@ -18,6 +21,9 @@ from sdxl_training.rng import Stream, derive_seed
 Position = Literal["centre", "random", "focus"]
 Box = tuple[int, int, int, int]
 """(top, left, height, width) in pixels of the upright, unscaled picture."""
+
+Integers = NDArray[np.int64]
+Whole = TypeVar("Whole", int, Integers)
 
 REMEMBERED = 2**14  # sizes of pictures
 
@@ -68,6 +74,16 @@ def centre_crop(original_hw: SizeHW, bucket: Bucket) -> CropPlan:
         resized_hw = (_divide_rounded(height * target_w, width), target_w)
     crop_tl = ((resized_hw[0] - target_h) // 2, (resized_hw[1] - target_w) // 2)
     return CropPlan(original_hw, resized_hw, crop_tl, bucket)
+
+
+def covering_sizes(
+    heights_N: Integers, widths_N: Integers, target_h_N: Integers, target_w_N: Integers
+) -> tuple[Integers, Integers]:
+    """Return the resized heights and widths of `centre_crop`, of many pictures at once."""
+    wider_N = target_h_N * widths_N >= target_w_N * heights_N
+    resized_h_N = np.where(wider_N, target_h_N, _divide_rounded(heights_N * target_w_N, widths_N))
+    resized_w_N = np.where(wider_N, _divide_rounded(widths_N * target_h_N, heights_N), target_w_N)
+    return resized_h_N, resized_w_N
 
 
 def random_place(plan: CropPlan, seed: int, sample_id: int, variant: int) -> tuple[int, int]:
@@ -142,5 +158,5 @@ def sample_id_at(sample_id: int, bucket: Bucket) -> int:
     return derive_seed(sample_id, Stream.CROP, *bucket.size_hw) >> 1
 
 
-def _divide_rounded(numerator: int, denominator: int) -> int:
+def _divide_rounded(numerator: Whole, denominator: Whole) -> Whole:
     return (2 * numerator + denominator) // (2 * denominator)

@@ -1,0 +1,279 @@
+"""What becomes of a whole data set: which pictures, in which buckets, cut how. Columns, not objects.
+
+Shape legend: P pictures, N records (a picture at one resolution), M pictures or records of some list.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sdxl_training.data.buckets import Fitting, Integers
+from sdxl_training.data.crops import Cut, covering_sizes, read_box, sample_id_at
+from sdxl_training.data.lazy import Lazy
+from sdxl_training.records import Bucket, CropPlan, ImageRecord, UserError
+
+NOTABLE_CROP = 0.10
+BAR_WIDTH = 30
+CENTRE = Cut()
+
+
+@dataclass(frozen=True, slots=True)
+class LeftOut:
+    """A readable picture that does not take part, and why."""
+
+    record: ImageRecord
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """What the plan must know of all pictures at once."""
+
+    heights_P: Integers
+    widths_P: Integers
+    repeats_P: Integers
+
+    @classmethod
+    def of(cls, records: Sequence[ImageRecord]) -> Columns:
+        """Return the columns of records that exist as objects."""
+        rows = [(*record.size_hw, record.repeats) for record in records]
+        return cls(*np.array(rows, dtype=np.int64).reshape(-1, 3).T)
+
+
+@dataclass(frozen=True, eq=False)
+class PicturePlan:
+    """What becomes of every picture; record numbers are positions in `records`.
+
+    A picture that is trained at several resolutions is a record at each. picture_N, bucket_N: the picture and the
+    number of the bucket of each record. first_N: whether it is the picture's first. left_out_M: pictures that do not
+    take part.
+    """
+
+    pictures: Sequence[ImageRecord]
+    columns: Columns
+    resolutions: Sequence[Sequence[Bucket]]
+    buckets: tuple[Bucket, ...]
+    fitting: Fitting
+    cut: Cut
+    picture_N: Integers
+    bucket_N: Integers
+    first_N: NDArray[np.bool_]
+    left_out_M: Integers
+
+    @property
+    def records(self) -> Sequence[ImageRecord]:
+        """Return the records; each is made when it is asked for."""
+        return Lazy(len(self.picture_N), self._record)
+
+    @property
+    def variants(self) -> Sequence[tuple[CropPlan, ...]]:
+        """Return the ways in which each record is prepared, all for one bucket; a visit shows one of them."""
+        return Lazy(len(self.picture_N), self._variants)
+
+    @property
+    def plans(self) -> Sequence[CropPlan]:
+        """Return the first variant of each record; bucket and scale are the same in all of them."""
+        return Lazy(len(self.picture_N), lambda number: self._variants(number)[0])
+
+    @property
+    def left_out(self) -> Sequence[LeftOut]:
+        """Return the pictures that fit no bucket, and why."""
+        return Lazy(len(self.left_out_M), self._left_out)
+
+    @property
+    def repeats(self) -> Integers:
+        """Return how often each record counts in an epoch."""
+        return self.columns.repeats_P[self.picture_N]
+
+    def prepared(self) -> Iterator[tuple[ImageRecord, CropPlan]]:
+        """Yield every record with each of its variants: all that has to be encoded."""
+        for number in range(len(self.picture_N)):
+            record = self._record(number)
+            for plan in self._variants_of(record, number):
+                yield record, plan
+
+    @cached_property
+    def by_bucket(self) -> dict[Bucket, Integers]:
+        """Return the record numbers of each bucket that has any, buckets in order."""
+        order_N = np.argsort(self.bucket_N, kind="stable")
+        numbers, starts = np.unique(self.bucket_N[order_N], return_index=True)
+        members = {
+            self.buckets[number]: part for number, part in zip(numbers, np.split(order_N, starts[1:]), strict=True)
+        }
+        return {bucket: members[bucket] for bucket in sorted(members)}
+
+    @property
+    def counts(self) -> dict[Bucket, int]:
+        """Return the number of records in each bucket."""
+        return {bucket: len(numbers) for bucket, numbers in self.by_bucket.items()}
+
+    @property
+    def images_per_epoch(self) -> int:
+        """Return pictures times repeats."""
+        return int(self.repeats.sum())
+
+    def subset(self, numbers: Sequence[int] | Integers) -> PicturePlan:
+        """Return the plan of these record numbers only, renumbered in the order given."""
+        chosen = np.asarray(numbers, dtype=np.int64)
+        return replace(
+            self, picture_N=self.picture_N[chosen], bucket_N=self.bucket_N[chosen], first_N=self.first_N[chosen]
+        )
+
+    @cached_property
+    def cropped(self) -> NDArray[np.float64]:
+        """Return the share of each resized picture's area that is cut away."""
+        target_N2, resized_N2 = self._sizes
+        return np.asarray(1.0 - target_N2.prod(axis=1) / resized_N2.prod(axis=1))
+
+    @cached_property
+    def scales(self) -> NDArray[np.float64]:
+        """Return resized over original length of each record; above 1 is an upscale."""
+        return np.asarray((self._sizes[1] / self._originals).max(axis=1))
+
+    @property
+    def upscaled(self) -> int:
+        """Return how many pictures are enlarged."""
+        return int((self.scales > 1.0).sum())
+
+    @property
+    def untouched(self) -> int:
+        """Return how many pictures have exactly their bucket's size."""
+        return int((self._originals == self._sizes[0]).all(axis=1).sum())
+
+    def worst_crops(self, count: int) -> list[tuple[ImageRecord, CropPlan]]:
+        """Return the pictures that lose the largest share of their area, worst first; uncut pictures are not listed."""
+        worst = np.argsort(-self.cropped, kind="stable")[:count]
+        return [(self._record(number), self._variants(number)[0]) for number in worst if self.cropped[number] > 0]
+
+    def describe(self, examples: int = 10) -> str:
+        """Return plain text for people: histogram, crops, enlargements, pictures left out."""
+        parts = (self._histogram(), self._varied(), self._crops(examples), self._enlarged(), self._absent(examples))
+        return "\n".join(line for part in parts for line in part)
+
+    def latents(self) -> int:
+        """Return how many latents there are, variants counted: exact where crops are not random, else at most."""
+        if self.cut.position != "random":
+            return len(self.picture_N) * (2 if self.cut.flip else 1)
+        return sum(map(len, self.variants))
+
+    @property
+    def _originals(self) -> Integers:
+        return np.stack([self.columns.heights_P[self.picture_N], self.columns.widths_P[self.picture_N]], axis=1)
+
+    @cached_property
+    def _sizes(self) -> tuple[Integers, Integers]:
+        """Return bucket and resized (height, width) of each record."""
+        target_N2 = np.array([bucket.size_hw for bucket in self.buckets], dtype=np.int64)[self.bucket_N]
+        return target_N2, np.stack(covering_sizes(*self._originals.T, *target_N2.T), axis=1)
+
+    def _record(self, number: int) -> ImageRecord:
+        record = self.pictures[int(self.picture_N[number])]
+        if self.first_N[number]:
+            return record
+        return replace(record, sample_id=sample_id_at(record.sample_id, self.buckets[self.bucket_N[number]]))
+
+    def _variants(self, number: int) -> tuple[CropPlan, ...]:
+        return self._variants_of(self._record(number), number)
+
+    def _variants_of(self, record: ImageRecord, number: int) -> tuple[CropPlan, ...]:
+        box = None if record.focus is None else read_box(record.focus, record.size_hw, f"{record.path}: focus")
+        return self.cut.plans(record.size_hw, self.buckets[self.bucket_N[number]], record.sample_id, box)
+
+    def _left_out(self, number: int) -> LeftOut:
+        record = self.pictures[int(self.left_out_M[number])]
+        return LeftOut(record, self.fitting.why_nowhere(record.size_hw, self.resolutions))
+
+    def _histogram(self) -> list[str]:
+        counts, repeats = self.counts, self.repeats
+        fullest = max(counts.values())
+        lines = [
+            f"{_number(len(self.picture_N), 'picture')} in {_number(len(counts), 'bucket')}; "
+            f"pictures x repeats = {self.images_per_epoch} images an epoch",
+            f"  {'height x width':<15}{'pictures':>9}{'x repeats':>11}",
+        ]
+        for bucket, numbers in self.by_bucket.items():
+            bar = "#" * -(-BAR_WIDTH * len(numbers) // fullest)
+            lines.append(f"  {bucket!s:<15}{len(numbers):>9}{repeats[numbers].sum():>11}  {bar}")
+        return lines
+
+    def _varied(self) -> list[str]:
+        latents = self.latents()
+        if latents == len(self.picture_N):
+            return []
+        return [f"variants: {latents} latents of {_number(len(self.picture_N), 'picture')} (crops, mirrored or not)"]
+
+    def _crops(self, examples: int) -> list[str]:
+        notable = int((self.cropped > NOTABLE_CROP).sum())
+        lines = [
+            f"cropping: {self.untouched} untouched (exactly a bucket's size), "
+            f"{notable} lose more than {NOTABLE_CROP:.0%} of their area"
+        ]
+        for record, plan in self.worst_crops(examples):
+            height, width = plan.original_hw
+            lines.append(
+                f"  {plan.cropped_fraction:6.1%} cut, scaled {plan.scale:.2f}x: {record.path} "
+                f"({height}x{width} -> {plan.bucket})"
+            )
+        return lines
+
+    def _enlarged(self) -> list[str]:
+        most = f", at most {self.scales.max():.2f}x" if self.upscaled else ""
+        return [f"enlarged: {self.upscaled}{most}"]
+
+    def _absent(self, examples: int) -> list[str]:
+        lines = [f"left out: {len(self.left_out)}"]
+        lines += [f"  {absent.record.path}: {absent.reason}" for absent in self.left_out[:examples]]
+        if len(self.left_out) > examples:
+            lines.append(f"  and {len(self.left_out) - examples} more")
+        return lines
+
+
+def plan_resolutions(
+    pictures: Sequence[ImageRecord],
+    resolutions: Sequence[Sequence[Bucket]],
+    fitting: Fitting,
+    cut: Cut = CENTRE,
+    columns: Columns | None = None,
+) -> PicturePlan:
+    """Plan every picture. resolutions: the buckets of each, the largest first.
+
+    columns: those of `pictures`, where they are already there. Further appearances of a picture at other resolutions
+    have sample ids of their own, so their randomness differs. Raises UserError when no picture is left, or for a focus
+    box outside its picture.
+    """
+    columns = columns or Columns.of(pictures)
+    places = fitting.place(columns.heights_P, columns.widths_P, resolutions)
+    plan = PicturePlan(
+        pictures=pictures,
+        columns=columns,
+        resolutions=resolutions,
+        buckets=places.buckets,
+        fitting=fitting,
+        cut=cut,
+        picture_N=places.picture_M,
+        bucket_N=places.bucket_M,
+        first_N=places.first_M,
+        left_out_M=np.flatnonzero(places.none_N),
+    )
+    if not len(plan.picture_N):
+        raise UserError(_nothing_left(plan.left_out))
+    return plan
+
+
+def _nothing_left(left_out: Sequence[LeftOut]) -> str:
+    if not left_out:
+        return "data.sources: there is no picture to plan. Add pictures to a source."
+    example = left_out[0]
+    return (
+        f"data.sources: none of the {len(left_out)} pictures fits its bucket, for example {example.record.path}: "
+        f"{example.reason}. Lower data.resolution, set data.buckets.small_pictures: upscale, or allow larger crops."
+    )
+
+
+def _number(count: int, noun: str) -> str:
+    return f"{count} {noun}" + ("" if count == 1 else "s")
