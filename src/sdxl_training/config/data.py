@@ -9,14 +9,48 @@ from pydantic import Field, Strict
 from sdxl_training.config.section import Fraction, Section
 
 EXTENSION = r"^\.[A-Za-z0-9_]+$"
+Names = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Strict(False)]
+Level = Annotated[int, Field(ge=0, le=255)]
 Side = Annotated[int, Field(ge=8, multiple_of=8)]
 
 
-class Source(Section):
-    """One folder of pictures with captions beside them."""
+class TableColumns(Section):
+    """What the columns of a table are called; null or empty: found by their usual names."""
 
-    path: str = Field(min_length=1, description="Folder with pictures, searched with its subfolders.")
+    image: str | None = Field(default=None, min_length=1, description="Column of file names or picture bytes.")
+    captions: Names = Field(default=(), description="Columns of captions; several are alternatives.")
+    tags: str | None = Field(default=None, min_length=1, description="Column of tags beside the captions.")
+
+
+class Only(Section):
+    """Which pictures of a source take part; without a limit all do."""
+
+    names: Names = Field(default=(), description="Patterns of names, such as cats/*.png; a star matches slashes, too.")
+    except_names: Names = Field(default=(), description="Patterns of names that are left out.")
+    any_tag: Names = Field(default=(), description="Tags of which a picture must have at least one.")
+    no_tag: Names = Field(default=(), description="Tags of which a picture must have none.")
+    min_side_px: int = Field(default=0, ge=0, description="Least length of the shorter side in pixels.")
+
+
+class Source(Section):
+    """One place with pictures and captions."""
+
+    path: str = Field(
+        min_length=1,
+        description="Folder with pictures, tar files, Parquet files with pictures, or an address such as s3://...",
+    )
+    type: Literal["auto", "folder", "tar", "parquet"] = Field(
+        default="auto", description="What is there; auto: by the path's ending and what the folder holds."
+    )
+    table: str | None = Field(
+        default=None, min_length=1, description="JSONL, CSV or Parquet file with names and captions of the pictures."
+    )
+    columns: TableColumns = Field(default=TableColumns(), description="What the columns of a table are called.")
     repeats: int = Field(default=1, ge=1, description="Times each picture is drawn in an epoch.")
+    weight: float = Field(
+        default=1.0, gt=0, le=1000, description="Weight of its losses; over all pictures the mean is kept at 1."
+    )
+    only: Only = Field(default=Only(), description="Which of its pictures take part.")
 
 
 class Buckets(Section):
@@ -85,8 +119,26 @@ class Cache(Section):
     """Encoded pictures on disk."""
 
     path: str | None = Field(default=None, min_length=1, description="Folder of the cache; null: <output_dir>/cache.")
+    mode: Literal["first", "ahead", "none"] = Field(
+        default="ahead",
+        description="When pictures are encoded: first all, ahead as training comes to them; none keeps nothing.",
+    )
+    compression: Literal["none", "lossless"] = Field(
+        default="none", description="How latents are stored; lossless saves about an eighth and takes time."
+    )
     posterior: Literal["sample", "mean"] = Field(
         default="sample", description="Whether a latent is drawn from the VAE's distribution or is its mean."
+    )
+
+
+class Preprocessing(Section):
+    """How pictures are decoded and resized."""
+
+    backend: Literal["auto", "cpu", "dali"] = Field(
+        default="auto", description="Who does it when the cache is filled first; auto: DALI where it has a GPU."
+    )
+    background: Annotated[tuple[Level, Level, Level], Strict(False)] = Field(
+        default=(255, 255, 255), description="Colour (red, green, blue) behind transparent pixels."
     )
 
 
@@ -94,7 +146,7 @@ class Data(Section):
     """Which pictures, at what sizes, with what captions."""
 
     sources: Annotated[tuple[Source, ...], Strict(False)] = Field(
-        min_length=1, description="Folders of pictures; at least one."
+        min_length=1, description="Places with pictures; at least one."
     )
     resolution: int = Field(
         default=1024, ge=8, description="Side of the square bucket in pixels; no bucket has a larger area."
@@ -105,7 +157,14 @@ class Data(Section):
     buckets: Buckets = Field(default=Buckets(), description="Picture sizes; all pictures of a step share one.")
     crop: Crop = Field(default=Crop(), description="What is cut out of a picture.")
     captions: Captions = Field(default=Captions(), description="Text files beside the pictures.")
+    preprocessing: Preprocessing = Field(default=Preprocessing(), description="How pictures are decoded and resized.")
     cache: Cache = Field(default=Cache(), description="Pictures encoded by the VAE, kept on disk.")
+    duplicates: Literal["keep", "warn", "drop"] = Field(
+        default="keep", description="What happens to pictures with the same bytes; warn and drop read candidates first."
+    )
+    max_bad_fraction: Fraction = Field(
+        default=0.05, description="The run stops when more than this share of all pictures cannot be used."
+    )
     workers: int = Field(
         default=2, ge=0, description="Processes that read and decode pictures; 0 uses the main process."
     )

@@ -25,7 +25,7 @@ __all__ = [
     "PictureHeader",
     "UnreadablePicture",
     "decode_pixels",
-    "hash_content",
+    "digest_content",
     "look_at",
     "read_file",
     "read_pixels",
@@ -62,9 +62,9 @@ def look_at(path: str) -> PictureHeader:
     return _patiently(look, path)
 
 
-def hash_content(data: bytes) -> str:
-    """Return the BLAKE2b digest (128 bits, hex) that stands for a file's content."""
-    return hashlib.blake2b(data, digest_size=16).hexdigest()
+def digest_content(data: bytes) -> bytes:
+    """Return the BLAKE2b digest (16 bytes) that stands for a file's content."""
+    return hashlib.blake2b(data, digest_size=16).digest()
 
 
 def read_size(data: bytes, path: str) -> SizeHW:

@@ -8,30 +8,37 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from multiprocessing.util import Finalize
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
+from sdxl_training.data.cache import LATENT_CHANNELS, LATENT_FACTOR
 from sdxl_training.data.captions import CaptionRules, augment
 from sdxl_training.data.crops import variant_of_visit
+from sdxl_training.data.fetching import Stored, Unencoded
+from sdxl_training.data.images import UnreadablePicture
 from sdxl_training.data.sampler import BatchSchedule, slots_of_part
-from sdxl_training.records import Batch, Conditioning, CropPlan, Draw, ImageRecord, UserError
+from sdxl_training.records import Batch, Conditioning, CropPlan, Draw, ImageRecord, Quarantined, UserError
 from sdxl_training.rng import Stream, numpy_generator, torch_generator
 
-ReadLatent = Callable[[str], tuple[Tensor, Tensor]]
+FetchLatent = Callable[[ImageRecord, CropPlan], Stored | Unencoded]
 DrawNoise = Callable[[Tensor, int, int, int], Tensor]
 """(latent_CHW, seed, visit, sample id) -> noise_CHW, float32."""
 Couple = Callable[[Tensor, Tensor, Sequence[Sequence[str]]], Tensor]
 """(latents_GCHW, noise_GCHW, tags of each caption) of a global batch -> which noise each sample gets, G integers."""
 Tokenize = Callable[[list[str]], tuple[Tensor, Tensor]]
 EncodeText = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+EncodePixels = Callable[[Sequence[Unencoded]], Sequence[tuple[Tensor, Tensor] | None]]
+"""pictures of one bucket -> mean_CHW and std_CHW of each, fp32, on the device; None where it has no finite latent."""
 
 PREFETCHED_STEPS = 2
 
@@ -40,8 +47,10 @@ PREFETCHED_STEPS = 2
 class RawBatch:
     """A micro-batch as workers make it: CPU tensors, captions still as token ids.
 
-    latents_BCHW: drawn from the posterior, scaled, fp32. noise_BCHW: fp32. ids_1_BL, ids_2_BL: token ids of the two
-    text encoders. keep_B: False where the caption is dropped. time_ids_B6 and weight_B: fp32.
+    latents_BCHW: drawn from the posterior, scaled, fp32; where `unencoded` has pixels instead, the standard normal
+    numbers of that draw. noise_BCHW: fp32. ids_1_BL, ids_2_BL: token ids of the two text encoders. keep_B: False where
+    the caption is dropped. time_ids_B6 and weight_B: fp32. unencoded: pictures without a latent, by place in the batch.
+    bad: pictures that turned out to be unusable, each replaced by its neighbour in the bucket.
     """
 
     latents_BCHW: Tensor
@@ -56,6 +65,8 @@ class RawBatch:
     step: int
     slots: tuple[int, ...]
     global_batch: int
+    unencoded: Mapping[int, Unencoded] = field(default_factory=dict)
+    bad: tuple[Quarantined, ...] = ()
 
     def pin_memory(self) -> RawBatch:
         """Return the batch in page-locked memory, from which copies to a GPU do not block."""
@@ -71,6 +82,16 @@ class RawBatch:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A draw that can be trained: its record, how it is prepared, and what the cache has of it."""
+
+    draw: Draw
+    record: ImageRecord
+    plan: CropPlan
+    latent: Stored | Unencoded
+
+
 @dataclass(frozen=True)
 class MicroBatches(Dataset[RawBatch]):
     """Micro-batch number step * accumulation + m of one rank, by number; made the same by any process.
@@ -78,17 +99,19 @@ class MicroBatches(Dataset[RawBatch]):
     Micro-batch m of rank r takes slots [(m W + r) B, (m W + r + 1) B) of the global batch, so the split into
     micro-batches and ranks never changes which samples an update sees. B may differ between buckets.
 
-    records, variants, keys and weights are parallel: picture, the ways in which it is prepared, their latents' names
-    for `read_latent`, its loss weight. With `couple`, noise changes hands within the global batch; each process then
-    reads all its latents.
+    records, variants and weights are parallel: picture, the ways in which it is prepared, its loss weight. With
+    `couple`, noise changes hands within the global batch; each process then reads all its latents. needs_latents: the
+    noise depends on the latents, so all must be in the cache.
+
+    A picture that cannot be decoded is replaced by the next one of its bucket that can, so a batch is always full and,
+    since what can be decoded is a property of the pictures, always the same.
     """
 
     schedule: BatchSchedule
     records: Sequence[ImageRecord]
     variants: Sequence[Sequence[CropPlan]]
-    keys: Sequence[Sequence[str]]
-    weights: Sequence[float]
-    read_latent: ReadLatent
+    weights: Sequence[float] | NDArray[np.float32]
+    fetch: FetchLatent
     draw_noise: DrawNoise
     tokenize: Tokenize
     rules: CaptionRules
@@ -97,7 +120,9 @@ class MicroBatches(Dataset[RawBatch]):
     rank: int = 0
     world_size: int = 1
     couple: Couple | None = None
+    needs_latents: bool = False
     _coupled: dict[int, Tensor] = field(default_factory=dict, init=False, compare=False, repr=False)
+    _bad: dict[int, Quarantined] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         for samples in self.schedule.global_batches.values():
@@ -114,7 +139,9 @@ class MicroBatches(Dataset[RawBatch]):
         _, draws = self.schedule.batch_at(step)
         slots = slots_of_part(len(draws), micro * self.world_size + self.rank, self.parts)
         noise_BCHW = None if self.couple is None else self._coupled_noise(step, draws)[slots.start : slots.stop]
-        return self.collect([draws[slot] for slot in slots], slots, len(draws), step, noise_BCHW)
+        batch = self.collect([draws[slot] for slot in slots], slots, len(draws), step, noise_BCHW)
+        self._refuse_unencoded(batch)
+        return batch
 
     def collect(
         self,
@@ -125,28 +152,32 @@ class MicroBatches(Dataset[RawBatch]):
         noise_BCHW: Tensor | None = None,
     ) -> RawBatch:
         """Return the batch of these draws, all of one bucket; each with its own noise where none is given."""
-        captions = [self._caption(draw) for draw in draws]
+        known_bad = len(self._bad)
+        samples = [self._sample(draw) for draw in draws]
+        captions = [self._caption(sample) for sample in samples]
         ids_1_BL, ids_2_BL = self.tokenize([caption or "" for caption in captions])
-        latents_BCHW = torch.stack([self._latent(draw) for draw in draws])
+        latents_BCHW = torch.stack([self._latent(sample) for sample in samples])
         return RawBatch(
             latents_BCHW=latents_BCHW,
-            noise_BCHW=self._noise(draws, latents_BCHW) if noise_BCHW is None else noise_BCHW,
+            noise_BCHW=self._noise(samples, latents_BCHW) if noise_BCHW is None else noise_BCHW,
             ids_1_BL=ids_1_BL,
             ids_2_BL=ids_2_BL,
             keep_B=torch.tensor([caption is not None for caption in captions]),
-            time_ids_B6=torch.tensor([self._plan(draw).time_ids for draw in draws], dtype=torch.float32),
-            weight_B=torch.tensor([self.weights[draw.record] for draw in draws], dtype=torch.float32),
-            sample_ids=tuple(self.records[draw.record].sample_id for draw in draws),
-            visits=tuple(draw.visit for draw in draws),
+            time_ids_B6=torch.tensor([sample.plan.time_ids for sample in samples], dtype=torch.float32),
+            weight_B=torch.tensor([self.weights[sample.draw.record] for sample in samples], dtype=torch.float32),
+            sample_ids=tuple(sample.record.sample_id for sample in samples),
+            visits=tuple(sample.draw.visit for sample in samples),
             step=step,
             slots=tuple(slots),
             global_batch=global_batch,
+            unencoded={b: one.latent for b, one in enumerate(samples) if isinstance(one.latent, Unencoded)},
+            bad=tuple(self._bad.values())[known_bad:],
         )
 
-    def _noise(self, draws: Sequence[Draw], latents_BCHW: Tensor) -> Tensor:
+    def _noise(self, samples: Sequence[Sample], latents_BCHW: Tensor) -> Tensor:
         noise = [
-            self.draw_noise(latent_CHW, self.seed, draw.visit, self.records[draw.record].sample_id)
-            for draw, latent_CHW in zip(draws, latents_BCHW, strict=True)
+            self.draw_noise(latent_CHW, self.seed, sample.draw.visit, sample.record.sample_id)
+            for sample, latent_CHW in zip(samples, latents_BCHW, strict=True)
         ]
         return torch.stack(noise)
 
@@ -155,34 +186,62 @@ class MicroBatches(Dataset[RawBatch]):
         if self.couple is None:
             raise ValueError("there is no coupling")
         if step not in self._coupled:
-            latents_GCHW = torch.stack([self._latent(draw) for draw in draws])
-            noise_GCHW = self._noise(draws, latents_GCHW)
-            tags = [self.records[draw.record].tags for draw in draws]
+            samples = [self._sample(draw) for draw in draws]
+            latents_GCHW = torch.stack([self._latent(sample) for sample in samples])
+            noise_GCHW = self._noise(samples, latents_GCHW)
+            tags = [sample.record.tags for sample in samples]
             self._coupled.clear()
             self._coupled[step] = noise_GCHW[self.couple(latents_GCHW, noise_GCHW, tags)]
         return self._coupled[step]
 
-    def _caption(self, draw: Draw) -> str | None:
-        record = self.records[draw.record]
-        generator = numpy_generator(self.seed, Stream.CAPTION, draw.visit, record.sample_id)
+    def _refuse_unencoded(self, batch: RawBatch) -> None:
+        if self.needs_latents and batch.unencoded:
+            first = next(iter(batch.unencoded.values()))
+            raise UserError(
+                f"{first.path}: its latent is not in the cache, and the noise of this run depends on it. Start "
+                "the same command again: what is missing is then encoded first."
+            )
+
+    def _sample(self, draw: Draw) -> Sample:
+        """Return the draw, or with the same visit the next picture of its bucket that can be used."""
+        for number in self._from(draw.record):
+            record = self.records[number]
+            if record.picture in self._bad:
+                continue
+            variants = self.variants[number]
+            plan = variants[variant_of_visit(self.seed, record.sample_id, draw.visit, len(variants))]
+            try:
+                return Sample(Draw(number, draw.visit), record, plan, self.fetch(record, plan))
+            except UnreadablePicture as error:
+                self._bad[record.picture] = Quarantined(record.path, error.reason)
+        bucket = self.variants[draw.record][0].bucket
+        first = self._bad[self.records[draw.record].picture]
+        raise UserError(
+            f"data.sources: no picture of bucket {bucket} can be used; the first: {first.path}: {first.reason}. "
+            "Replace the pictures, or give other folders."
+        )
+
+    def _from(self, record: int) -> Iterator[int]:
+        """Yield the records of a bucket in order, beginning with this one and going round."""
+        yield record
+        members = self.schedule.members(self.variants[record][0].bucket)
+        place = int(np.searchsorted(members, record))
+        yield from (int(members[(place + i) % len(members)]) for i in range(1, len(members)))
+
+    def _caption(self, sample: Sample) -> str | None:
+        record = sample.record
+        generator = numpy_generator(self.seed, Stream.CAPTION, sample.draw.visit, record.sample_id)
         return augment(record.tags, self.rules, generator)
 
-    def _variant(self, draw: Draw) -> int:
-        count = len(self.variants[draw.record])
-        return variant_of_visit(self.seed, self.records[draw.record].sample_id, draw.visit, count)
-
-    def _plan(self, draw: Draw) -> CropPlan:
-        return self.variants[draw.record][self._variant(draw)]
-
-    def _latent(self, draw: Draw) -> Tensor:
-        """Draw a latent_CHW from the picture's posterior."""
-        record = self.records[draw.record]
-        try:
-            mean_CHW, std_CHW = self.read_latent(self.keys[draw.record][self._variant(draw)])
-        except (KeyError, OSError, UserError) as error:
-            raise UserError(f"{record.path}: its cached latent cannot be read: {error}") from error
-        generator = torch_generator(self.seed, Stream.POSTERIOR, draw.visit, record.sample_id)
-        latent_CHW = mean_CHW + std_CHW * torch.randn(mean_CHW.shape, generator=generator)
+    def _latent(self, sample: Sample) -> Tensor:
+        """Draw a latent_CHW from the picture's posterior; without one, return the draw's standard normal numbers."""
+        record, latent = sample.record, sample.latent
+        generator = torch_generator(self.seed, Stream.POSTERIOR, sample.draw.visit, record.sample_id)
+        height, width = (side // LATENT_FACTOR for side in sample.plan.bucket.size_hw)
+        normal_CHW = torch.randn((LATENT_CHANNELS, height, width), generator=generator)
+        if isinstance(latent, Unencoded):
+            return normal_CHW
+        latent_CHW = torch.addcmul(latent.mean_CHW, latent.std_CHW, normal_CHW)
         if not latent_CHW.isfinite().all():
             raise UserError(
                 f"{record.path}: its cached latent holds values that are not finite. Delete the cache, so that it is "
@@ -266,11 +325,11 @@ def _checked(batch: RawBatch | _Failure) -> RawBatch:
     return batch
 
 
-def to_batch(raw: RawBatch, encode_text: EncodeText, device: torch.device) -> Batch:
-    """Copy a micro-batch to the device and encode its captions there.
+def to_batch(raw: RawBatch, encode_text: EncodeText, encode_pixels: EncodePixels, device: torch.device) -> Batch:
+    """Copy a micro-batch to the device; encode its captions there, and the pictures that have no latent yet.
 
     Dropped captions get zero text and zero pooled text, SDXL's own null conditioning (`force_zeros_for_empty_prompt` in
-    its diffusers pipeline); their size conditioning stays.
+    its diffusers pipeline); their size conditioning stays. A picture without a finite latent gets weight 0.
     """
     keep_B = raw.keep_B.to(device, non_blocking=True)
     text_BLD, pooled_BP = encode_text(
@@ -281,11 +340,20 @@ def to_batch(raw: RawBatch, encode_text: EncodeText, device: torch.device) -> Ba
         pooled_BP=torch.where(keep_B[:, None], pooled_BP, torch.zeros_like(pooled_BP)),
         time_ids_B6=raw.time_ids_B6.to(device, non_blocking=True),
     )
+    latents_BCHW = raw.latents_BCHW.to(device, non_blocking=True)
+    weight_B = raw.weight_B.to(device, non_blocking=True)
+    if raw.unencoded:
+        latents_BCHW, weight_B = latents_BCHW.clone(), weight_B.clone()
+        for b, latent in zip(raw.unencoded, encode_pixels(list(raw.unencoded.values())), strict=True):
+            if latent is None:
+                weight_B[b] = 0.0
+            else:
+                latents_BCHW[b] = torch.addcmul(latent[0], latent[1], latents_BCHW[b])
     return Batch(
-        latents_BCHW=raw.latents_BCHW.to(device, non_blocking=True),
+        latents_BCHW=latents_BCHW,
         noise_BCHW=raw.noise_BCHW.to(device, non_blocking=True),
         conditioning=conditioning,
-        weight_B=raw.weight_B.to(device, non_blocking=True),
+        weight_B=weight_B,
         sample_ids=raw.sample_ids,
         visits=raw.visits,
         step=raw.step,

@@ -100,6 +100,16 @@ class BatchSchedule:
         """Return the number of pictures in an update of each bucket."""
         return dict(zip(self.buckets, self._sizes, strict=True))
 
+    @property
+    def heaviest_bucket(self) -> Bucket:
+        """Return the bucket whose update has the most pixels."""
+        sizes = self.global_batches
+        return max(sizes, key=lambda bucket: sizes[bucket] * bucket.size_hw[0] * bucket.size_hw[1])
+
+    def members(self, bucket: Bucket) -> Integers:
+        """Return the record numbers of a bucket, as they were given."""
+        return self._members[self.buckets.index(bucket)]
+
     def batch_at(self, step: int) -> tuple[Bucket, tuple[Draw, ...]]:
         """Return bucket and draws of update `step` (0 is the first)."""
         epoch = self._epoch_containing(step)

@@ -1,0 +1,93 @@
+"""Prepared pixels become latents: in batches, checked, and kept.
+
+Shape legend: B pictures of one bucket, C latent channels, H x W rows and columns (of pixels or latents).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from sdxl_training.data.cache import LatentCache
+from sdxl_training.data.fetching import Unencoded
+from sdxl_training.data.images import to_model_range
+from sdxl_training.data.store_writer import StoreWriter
+from sdxl_training.records import Quarantined
+
+Encode = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""pixels_BCHW in [-1, 1], fp32 -> scaled mean_BCHW and std_BCHW, fp32, on any device"""
+Latent = tuple[Tensor, Tensor]
+
+NOT_FINITE = "its latent is not finite in 16 bit; try another VAE or VAE precision"
+
+
+@dataclass
+class Encoder:
+    """Encodes pictures and, with a cache, writes what it made.
+
+    batch_size: most pictures that go through the VAE at once. What is handed out is what the cache would give back, so
+    a visit before the latent is stored and one after it see the same.
+    """
+
+    encode: Encode
+    device: torch.device
+    batch_size: int
+    cache: LatentCache | None = None
+    writer: StoreWriter | None = None
+    bad: list[Quarantined] = field(default_factory=list)
+
+    def __call__(self, pictures: Sequence[Unencoded]) -> list[Latent | None]:
+        """Return mean_CHW and std_CHW of pictures of one bucket, fp32, on the device; None: it has no finite latent."""
+        latents = [
+            latent
+            for first in range(0, len(pictures), self.batch_size)
+            for latent in self._encode(pictures[first : first + self.batch_size])
+        ]
+        self.bad += [
+            Quarantined(picture.path, NOT_FINITE)
+            for picture, latent in zip(pictures, latents, strict=True)
+            if latent is None
+        ]
+        self._keep(pictures, latents)
+        return [
+            None
+            if latent is None
+            else (latent[0].to(self.device, torch.float32), latent[1].to(self.device, torch.float32))
+            for latent in latents
+        ]
+
+    def _encode(self, pictures: Sequence[Unencoded]) -> list[Latent | None]:
+        pixels_BHWC = torch.stack([picture.pixels_HWC for picture in pictures])
+        # A quarter of the bytes travels: whole numbers become floating-point on the device.
+        return encode_finite(self.encode, to_model_range(pixels_BHWC.to(self.device)))
+
+    def _keep(self, pictures: Sequence[Unencoded], latents: Sequence[Latent | None]) -> None:
+        if self.cache is None or self.writer is None:
+            return
+        entries = [(picture, latent) for picture, latent in zip(pictures, latents, strict=True) if latent is not None]
+        self.writer.append(
+            [self.cache.key(picture.content, picture.plan) for picture, _ in entries],
+            [self.cache.origin(picture.sample_id, picture.content, picture.plan) for picture, _ in entries],
+            [self.cache.moments(*latent) for _, latent in entries],
+        )
+
+
+def encode_finite(encode: Encode, pixels_BCHW: Tensor) -> list[Latent | None]:
+    """Return fp16 (mean_CHW, std_CHW) of each picture; None where they are not finite even when encoded alone."""
+    latents = _encode_half(encode, pixels_BCHW)
+    for i, latent in enumerate(latents):
+        if latent is None:
+            latents[i] = _encode_half(encode, pixels_BCHW[i : i + 1])[0]
+    return latents
+
+
+def _encode_half(encode: Encode, pixels_BCHW: Tensor) -> list[Latent | None]:
+    # Finite is judged after rounding: a value beyond fp16's range becomes infinite and must not be stored.
+    mean_BCHW, std_BCHW = (moment.detach().to("cpu", torch.float16).contiguous() for moment in encode(pixels_BCHW))
+    return [
+        (mean_CHW, std_CHW) if bool(mean_CHW.isfinite().all() and std_CHW.isfinite().all()) else None
+        for mean_CHW, std_CHW in zip(mean_BCHW, std_BCHW, strict=True)
+    ]

@@ -1,0 +1,237 @@
+"""All usable pictures of a run as one sequence of records, over the columns of their sources' indexes.
+
+Shape legend: P usable pictures of all sources, in order of source and name; M rows of one source's index.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, overload
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from sdxl_training.data.buckets import Integers
+from sdxl_training.data.captions import split_alternatives, split_tags
+from sdxl_training.data.filters import EVERYTHING, Filter
+from sdxl_training.data.lazy import Lazy
+from sdxl_training.data.listing import PictureSource
+from sdxl_training.data.picture_plan import Columns
+from sdxl_training.records import ImageRecord, Quarantined, UserError
+
+EXAMPLES = 5
+Missing = Literal["refuse", "empty", "leave_out"]
+
+
+@dataclass(frozen=True, slots=True)
+class SourceRules:
+    """What a run makes of one source.
+
+    repeats: times each picture is drawn in an epoch. weight: of its losses. separator: between tags; with `lines` each
+    line of a caption is an alternative. missing: what a picture without caption means. only: which pictures take part.
+    """
+
+    repeats: int = 1
+    weight: float = 1.0
+    separator: str = ","
+    weights: bool = False
+    lines: bool = False
+    missing: Missing = "refuse"
+    only: Filter = EVERYTHING
+
+
+@dataclass(frozen=True, eq=False)
+class IndexedSource:
+    """A source and its index: schema PICTURES and more, each column in one piece so that a row is found at once."""
+
+    source: PictureSource
+    rules: SourceRules
+    table: pa.Table
+
+    def usable(self) -> NDArray[np.bool_]:
+        """Return for each row whether the picture takes part, as far as its header, caption and filters say."""
+        usable_M = self._mask(pc.is_null(self.table["reason"]))
+        if self.rules.missing != "empty":
+            usable_M &= self._mask(pc.is_valid(self.table["captions"]))
+        return usable_M & self.rules.only.passes(self.table, usable_M, self.tags)
+
+    def without_caption(self) -> Integers:
+        """Return the rows of readable pictures that have no caption."""
+        alone = pc.and_(pc.is_null(self.table["reason"]), pc.is_null(self.table["captions"]))
+        return np.flatnonzero(self._mask(alone))
+
+    def quarantined(self) -> Sequence[Quarantined]:
+        """Return the pictures that cannot be used."""
+        rows = np.flatnonzero(self._mask(pc.is_valid(self.table["reason"])))
+        return Lazy(len(rows), lambda i: Quarantined(self.path(int(rows[i])), self._value("reason", int(rows[i]))))
+
+    def path(self, row: int) -> str:
+        """Return what people are shown for the picture of this row."""
+        return self.source.path(os.fsdecode(self._value("name", row)))
+
+    def captions(self, row: int) -> tuple[str, ...]:
+        """Return the picture's captions, at least one."""
+        captions = self._value("captions", row) or [""]
+        return split_alternatives("\n".join(captions)) if self.rules.lines else tuple(captions)
+
+    def tags(self, row: int) -> tuple[str, ...]:
+        """Return the tags beside the captions, or those of the first one."""
+        beside = self._value("tags", row)
+        if beside is not None:
+            return tuple(beside)
+        return split_tags(self.captions(row)[0], self.rules.separator, self.rules.weights)
+
+    def record(self, number: int, row: int, picture: int) -> ImageRecord:
+        """Return the record of a row; number: that of the source."""
+        focus = self._value("focus", row)
+        return ImageRecord(
+            sample_id=sample_id(number, self._value("name", row)),
+            path=self.path(row),
+            size_hw=(self._value("height", row), self._value("width", row)),
+            captions=self.captions(row),
+            tags=self.tags(row),
+            repeats=self.rules.repeats,
+            source=number,
+            picture=picture,
+            focus=None if focus is None else tuple(focus),
+        )
+
+    def read(self, row: int) -> bytes:
+        """Return the picture's bytes; raises UnreadablePicture."""
+        file = os.fsdecode(self._value("file", row))
+        return self.source.read(file, self._value("start", row), self._value("length", row))
+
+    def _value(self, column: str, row: int) -> Any:
+        return self.table[column].chunk(0)[row].as_py()
+
+    @staticmethod
+    def _mask(booleans: pa.ChunkedArray) -> NDArray[np.bool_]:
+        mask_M: NDArray[np.bool_] = booleans.to_numpy()
+        return mask_M
+
+
+def sample_id(source: int, name: bytes) -> int:
+    """Return 63 bits that stay the same when the source moves to another place or machine."""
+    return int.from_bytes(hashlib.blake2b(source.to_bytes(8, "little") + name, digest_size=8).digest(), "little") >> 1
+
+
+class Pictures(Sequence[ImageRecord]):
+    """The usable pictures of all sources; a record is made when it is asked for.
+
+    Raises UserError where captions are missing and that is refused, or where no picture is left.
+    """
+
+    def __init__(self, sources: Sequence[IndexedSource]) -> None:
+        self.sources = tuple(sources)
+        self._refuse_missing_captions()
+        rows = [np.flatnonzero(source.usable()) for source in self.sources]
+        self.source_P = np.repeat(np.arange(len(rows), dtype=np.int16), [len(part) for part in rows])
+        self.row_P: Integers = np.concatenate(rows)
+        if not len(self.row_P):
+            raise UserError(self._nothing_left())
+
+    def __len__(self) -> int:
+        return len(self.row_P)
+
+    @overload
+    def __getitem__(self, index: int) -> ImageRecord: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[ImageRecord]: ...
+    def __getitem__(self, index: int | slice) -> ImageRecord | Sequence[ImageRecord]:
+        if isinstance(index, slice):
+            return [self[number] for number in range(len(self))[index]]
+        number = range(len(self))[index]
+        source = int(self.source_P[number])
+        return self.sources[source].record(source, int(self.row_P[number]), number)
+
+    def read(self, number: int) -> bytes:
+        """Return the bytes of picture `number`; raises UnreadablePicture."""
+        source: IndexedSource = self.sources[self.source_P[number]]
+        return source.read(int(self.row_P[number]))
+
+    def columns(self) -> Columns:
+        """Return sizes and repeats of all pictures."""
+        heights_P, widths_P = self.column("height"), self.column("width")
+        repeats = np.array([source.rules.repeats for source in self.sources], dtype=np.int64)
+        return Columns(heights_P.astype(np.int64), widths_P.astype(np.int64), repeats[self.source_P])
+
+    def column(self, name: str) -> NDArray[np.generic]:
+        """Return a column of numbers of all pictures."""
+        return np.concatenate(
+            [self.taken(number, name).to_numpy(zero_copy_only=False) for number in range(len(self.sources))]
+        )
+
+    def taken(self, source: int, name: str) -> pa.Array:
+        """Return one source's part of a column."""
+        return self.sources[source].table[name].chunk(0).take(self.row_P[self.source_P == source])
+
+    def weights(self) -> NDArray[np.float32]:
+        """Return the loss weight of each picture, with mean 1 over an epoch's images."""
+        rules = [source.rules for source in self.sources]
+        weight_P = np.array([each.weight for each in rules])[self.source_P]
+        repeats_P = np.array([each.repeats for each in rules])[self.source_P]
+        return np.asarray(weight_P * (repeats_P.sum() / (weight_P * repeats_P).sum()), dtype=np.float32)
+
+    def quarantined(self) -> list[Quarantined]:
+        """Return all pictures that cannot be used, by source and name."""
+        return [bad for source in self.sources for bad in source.quarantined()]
+
+    @property
+    def found(self) -> int:
+        """Return how many pictures the sources hold, usable or not."""
+        return sum(source.table.num_rows for source in self.sources)
+
+    @property
+    def left_out(self) -> list[str]:
+        """Return the paths of pictures that are left out because they have no caption."""
+        return [
+            source.path(int(row))
+            for source in self.sources
+            if source.rules.missing == "leave_out"
+            for row in source.without_caption()
+        ]
+
+    def _refuse_missing_captions(self) -> None:
+        problems = []
+        for number, source in enumerate(self.sources):
+            rows = source.without_caption()
+            if len(rows) and source.rules.missing == "refuse":
+                problems.append(_no_captions(number, source, rows))
+        if problems:
+            raise UserError("\n".join(problems))
+
+    def _nothing_left(self) -> str:
+        bad = self.quarantined()
+        if len(bad) == self.found:
+            return (
+                f"data.sources: none of the {len(bad)} pictures can be read:\n{_listed([str(each) for each in bad])}\n"
+                "Check that the files were copied completely."
+            )
+        return (
+            f"data.sources: of {self.found} pictures none is left: {len(bad)} cannot be read, {len(self.left_out)} "
+            "have no caption, the others do not pass data.sources[].only. Correct the filters, or give other folders."
+        )
+
+
+def _no_captions(number: int, source: IndexedSource, rows: Integers) -> str:
+    readable = source.table["reason"].null_count
+    who = f"{len(rows)} of {readable} pictures have no caption"
+    if len(rows) == readable:
+        who = f"none of the {readable} pictures has a caption"
+    return (
+        f"data.captions: in data.sources.{number} {who}; {source.source.captions_are}. Without:\n"
+        f"{_listed([source.path(int(row)) for row in rows])}\n"
+        "Add them, correct data.captions.extension, or set data.captions.missing to empty (train them with an empty "
+        "caption) or leave_out (train without them; some must remain)."
+    )
+
+
+def _listed(lines: Sequence[str]) -> str:
+    """Return the first few lines, indented, and how many more there are."""
+    shown = [f"  {line}" for line in lines[:EXAMPLES]]
+    return "\n".join(shown + ([f"  and {len(lines) - EXAMPLES} more"] if len(lines) > EXAMPLES else []))
