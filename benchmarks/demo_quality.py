@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from sdxl_training.assemble import draw_prompts
+from sdxl_training.assemble.drawing import sampling_of
+from sdxl_training.config.schema import Previews
 from sdxl_training.data.demo_set import COMBINATIONS, PALETTE
-from sdxl_training.training.preview import Sampling
 
 Pixels = NDArray[np.uint8]
 Reading = tuple[str, str, str]  # object colour, background colour, shape
@@ -108,7 +109,7 @@ def main() -> None:
 
     texts, wanted = zip(*prompts(), strict=True)
     settings = {"steps": arguments.steps, "guidance": arguments.guidance, "seed": arguments.seed}
-    pictures = draw_prompts(arguments.run, list(texts), Sampling(**settings))
+    pictures = draw_prompts(arguments.run, list(texts), sampling_of(Previews(**settings)))
     scores = accuracies(pictures, wanted)
     if arguments.out:
         Image.fromarray(picture_grid(pictures)).save(arguments.out)

@@ -19,8 +19,10 @@ from diffusers import DDIMScheduler, StableDiffusionXLPipeline
 
 from demo_quality import prompts
 from sdxl_training.assemble import draw_prompts, export
+from sdxl_training.assemble.drawing import sampling_of
 from sdxl_training.config.load import load_config
-from sdxl_training.training.preview import Sampling, prompt_noise
+from sdxl_training.config.schema import Previews
+from sdxl_training.training.preview import prompt_noise
 
 STEPS, GUIDANCE, SEED = 25, 4.0, 0
 
@@ -44,7 +46,8 @@ def main() -> None:
     run = parser.parse_args().run
     texts = [text for text, _ in prompts()]
     side = load_config(run / "config.resolved.yaml").config.data.resolution
-    ours = np.stack(draw_prompts(run, texts, Sampling(STEPS, GUIDANCE, SEED, grid="trailing")))
+    sampling = sampling_of(Previews(steps=STEPS, guidance=GUIDANCE, seed=SEED, grid="trailing"))
+    ours = np.stack(draw_prompts(run, texts, sampling))
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "exported"
         export(run, None, True, "diffusers", folder)

@@ -104,6 +104,7 @@ def make_batch(unet: UNet2DConditionModel) -> Batch:
 def objectives() -> dict[str, Objective]:
     raw, zero_terminal_snr = {"mode": "raw", "zero_terminal_snr": True}, {"zero_terminal_snr": True}
     levels = LogNormal(0.0, 1.0)
+    adaptive = AdaptiveSettings(bins=32, warmup_samples=20, decay=0.99, uniform_share=0.1, every_steps=1)
     return {
         "flow matching, logit-normal": make_objective("flow_matching", raw, levels, NoWeight()),
         "v, uniform, Min-SNR": make_objective("v_prediction", zero_terminal_snr, Uniform(), MinSNR(5.0, "plus_one")),
@@ -114,7 +115,7 @@ def objectives() -> dict[str, Objective]:
             NoWeight(),
             shift=FixedShift(3.0),
             draws=StratifiedDraws(),
-            level_draw=AdaptiveLevels(AdaptiveSettings(every_steps=1), CPU),
+            level_draw=AdaptiveLevels(adaptive, CPU),
             shape=PseudoHuber(0.1, "snr"),
             input_noise=InputNoise(0.1),
             uncertainty=LogVariance(seed=0),

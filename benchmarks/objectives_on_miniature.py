@@ -99,10 +99,12 @@ def score_run(run: Path, held_out: Path) -> dict[str, float]:
     from demo_quality import accuracies, picture_grid, prompts
     from held_out import held_out_batches, relative_errors_by_level
     from sdxl_training.assemble import draw_prompts
-    from sdxl_training.training.preview import Sampling
+    from sdxl_training.assemble.drawing import sampling_of
+    from sdxl_training.config.schema import Previews
 
     texts, wanted = zip(*prompts(), strict=True)
-    pictures = draw_prompts(run, list(texts), Sampling(steps=25, guidance=4.0, seed=0))
+    sampling = sampling_of(Previews(steps=25, guidance=4.0, seed=0))
+    pictures = draw_prompts(run, list(texts), sampling)
     Image.fromarray(numpy.asarray(picture_grid(pictures))).save(run / "drawn.png")
     by_level = relative_errors_by_level(run, held_out_batches(run, held_out), SIGMAS)
     return {**accuracies(pictures, wanted), **{f"sigma {sigma:g}": error for sigma, error in by_level.items()}}

@@ -60,18 +60,18 @@ def test_dry_run_proves_the_first_minute_and_leaves_the_run_alone(trainer: Train
 
 def test_sample_draws_from_the_finished_run(trainer: Trainer, tmp_path: Path) -> None:
     from sdxl_training.assemble import draw_prompts, sample
+    from sdxl_training.assemble.drawing import sampling_of
     from sdxl_training.config.schema import Previews
-    from sdxl_training.training.preview import Sampling
 
+    previews = Previews(steps=2, guidance=3.0, seed=1)
     trainer.run(*SHORT)
-    pictures = draw_prompts(trainer.run_dir, ["red circle", "blue square"], Sampling(steps=2, guidance=3.0, seed=1))
-    again = draw_prompts(trainer.run_dir, ["red circle", "blue square"], Sampling(steps=2, guidance=3.0, seed=1))
+    pictures = draw_prompts(trainer.run_dir, ["red circle", "blue square"], sampling_of(previews))
+    again = draw_prompts(trainer.run_dir, ["red circle", "blue square"], sampling_of(previews))
     assert [picture.shape for picture in pictures] == [(64, 64, 3)] * 2
     assert all(numpy.array_equal(one, other) for one, other in zip(pictures, again, strict=True))
-    raw = draw_prompts(trainer.run_dir, ["red circle"], Sampling(steps=2, guidance=3.0, seed=1), use_ema=False)
+    raw = draw_prompts(trainer.run_dir, ["red circle"], sampling_of(previews), use_ema=False)
     assert not numpy.array_equal(raw[0], pictures[0])
     out = tmp_path / "new" / "one.png"
-    previews = Previews(steps=2, guidance=3.0, seed=1)
     sample(trainer.run_dir, ["red circle"], previews, out, None, use_ema=True)
     # Drawn alone or with another: the same picture but for the rounding of differently batched products.
     difference = numpy.asarray(Image.open(out)).astype(int) - pictures[0]

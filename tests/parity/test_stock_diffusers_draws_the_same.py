@@ -11,11 +11,12 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, StableDiff
 from safetensors import safe_open
 
 from sdxl_training.assemble import draw_prompts
-from sdxl_training.assemble.drawing import export
+from sdxl_training.assemble.drawing import export, sampling_of
 from sdxl_training.config.load import load_config, write_resolved
+from sdxl_training.config.schema import Previews
 from sdxl_training.model.load import load_sdxl
 from sdxl_training.training.checkpoint import Checkpoint, RunState, save_checkpoint
-from sdxl_training.training.preview import Sampling, prompt_noise
+from sdxl_training.training.preview import prompt_noise
 from tests.tiny_sdxl import tiny_pipeline
 
 PROMPTS = ["red circle", "blue square"]
@@ -58,6 +59,10 @@ def make_run(folder: Path, model: Path, objective: str) -> Path:
     return run
 
 
+def draw_with_ours(run: Path, previews: Previews) -> numpy.ndarray:
+    return numpy.stack(draw_prompts(run, PROMPTS, sampling_of(previews))) / 255.0
+
+
 def draw_with_diffusers(
     folder: Path, steps: int, guidance: float, scheduler: object = None, **how: object
 ) -> numpy.ndarray:
@@ -82,7 +87,7 @@ def draw_with_diffusers(
 def test_the_exported_folder_draws_the_same(tmp_path: Path, model: Path, objective: str, guidance: float) -> None:
     run = make_run(tmp_path, model, OBJECTIVES[objective])
     export(run, None, True, "diffusers", tmp_path / "exported")
-    ours = numpy.stack(draw_prompts(run, PROMPTS, Sampling(25, guidance, 7, grid="trailing"))) / 255.0
+    ours = draw_with_ours(run, Previews(steps=25, guidance=guidance, seed=7, grid="trailing"))
     theirs = draw_with_diffusers(tmp_path / "exported", 25, guidance)
     assert ours.std() > 0.05  # not a flat picture
     assert numpy.abs(ours - theirs).mean() < 1 / 255
@@ -98,7 +103,7 @@ def test_edm_with_its_own_labels_is_drawn_by_diffusers_edm_scheduler(
     """sigma_data, labels, input and output scale are all EDM's; the pipeline needs nothing but the exported folder."""
     run = make_run(tmp_path, model, OBJECTIVES[objective])
     export(run, None, True, "diffusers", tmp_path / "exported")
-    ours = numpy.stack(draw_prompts(run, PROMPTS, Sampling(25, 3.0, 7, grid="karras"))) / 255.0
+    ours = draw_with_ours(run, Previews(steps=25, guidance=3.0, seed=7, grid="karras"))
     assert ours.std() > 0.05
     assert numpy.abs(ours - draw_with_diffusers(tmp_path / "exported", 25, 3.0)).mean() < 1 / 255
 
@@ -108,7 +113,7 @@ def test_a_preconditioned_flow_is_drawn_the_same_on_its_own_grid(tmp_path: Path,
     """The flow sampler's own times, given to stock diffusers' v-prediction scheduler as sigmas = t / (1 - t)."""
     run = make_run(tmp_path, model, OBJECTIVES["flow preconditioned"])
     export(run, None, True, "diffusers", tmp_path / "exported")
-    ours = numpy.stack(draw_prompts(run, PROMPTS, Sampling(20, 3.0, 7, grid="linear", shift=shift))) / 255.0
+    ours = draw_with_ours(run, Previews(steps=20, guidance=3.0, seed=7, grid="linear", shift=shift))
     times = numpy.linspace(1, 1 / 20, 20)
     times = shift * times / (1 + (shift - 1) * times)
     sigmas = [4096.0, *(times[1:] / (1 - times[1:]))]  # diffusers' own stand-in for an infinite sigma
@@ -120,14 +125,14 @@ def test_a_preconditioned_flow_is_drawn_the_same_on_its_own_grid(tmp_path: Path,
 def test_step_counts_that_do_not_divide_the_schedule(tmp_path: Path, model: Path) -> None:
     run = make_run(tmp_path, model, OBJECTIVES["v"])
     export(run, None, True, "diffusers", tmp_path / "exported")
-    ours = numpy.stack(draw_prompts(run, PROMPTS, Sampling(steps=28, guidance=3.0, seed=7))) / 255.0
+    ours = draw_with_ours(run, Previews(steps=28, guidance=3.0, seed=7))
     assert numpy.abs(ours - draw_with_diffusers(tmp_path / "exported", 28, 3.0)).mean() < 1 / 255
 
 
 def test_the_parity_test_can_fail(tmp_path: Path, model: Path) -> None:
     run = make_run(tmp_path, model, OBJECTIVES["v"])
     export(run, None, True, "diffusers", tmp_path / "exported")
-    ours = numpy.stack(draw_prompts(run, PROMPTS, Sampling(steps=25, guidance=4.0, seed=8))) / 255.0
+    ours = draw_with_ours(run, Previews(steps=25, guidance=4.0, seed=8))
     assert numpy.abs(ours - draw_with_diffusers(tmp_path / "exported", 25, 4.0)).mean() > 5 / 255
 
 

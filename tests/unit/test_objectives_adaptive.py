@@ -32,7 +32,7 @@ def alone(value: Tensor) -> Tensor:
 
 def adapted(bars: Sequence[float]) -> AdaptiveLevels:
     """Return adaptive levels that draw their bins with these probabilities."""
-    levels = AdaptiveLevels(AdaptiveSettings(bins=len(bars)), CPU)
+    levels = AdaptiveLevels(replace(SETTINGS, bins=len(bars)), CPU)
     probability_K = torch.tensor(bars, dtype=torch.float64)
     zeros_K = torch.zeros(len(bars))
     levels.load({"moment": zeros_K, "count": zeros_K, "probability": probability_K / probability_K.sum()})
@@ -123,7 +123,7 @@ def test_bins_are_drawn_as_often_as_they_should(bars: list[float]) -> None:
 
 def test_before_anything_is_learnt_draws_are_the_bases() -> None:
     uniform_B = torch.rand(1000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    for levels in (PlainLevels(), AdaptiveLevels(AdaptiveSettings(bins=49), CPU)):
+    for levels in (PlainLevels(), AdaptiveLevels(replace(SETTINGS, bins=49), CPU)):
         drawn_B, importance_B = levels.remap(uniform_B)
         torch.testing.assert_close(drawn_B, uniform_B, rtol=0, atol=1e-14)
         assert torch.equal(importance_B.float(), torch.ones(1000))

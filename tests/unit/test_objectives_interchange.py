@@ -116,13 +116,14 @@ def test_facts_say_what_a_sampler_must_know(name: str) -> None:
     kind, options = OBJECTIVES[name]
     assert told["objective"] == kind
     assert all(isinstance(value, str) for value in told.values()), "safetensors metadata holds strings"
+    if kind == "flow_matching":
+        assert (told["flow.sign"], told["flow.time"]) == ("noise_minus_data", "0 clean, 1 noise")
     if name == "flow_raw":
         assert (told["flow.t_scale"], told["flow.input_scale"], told["flow.label"]) == ("1000", "none", "raw")
         return
     assert told["zero_terminal_snr"] == str(options.get("zero_terminal_snr", False)).lower()
     if kind == "flow_matching":
         assert (told["flow.input_scale"], told["flow.label"], told["flow.output"]) == ("vp", "snr_matched", "v")
-        assert told["flow.sign"] == "noise_minus_data"
     if kind == "edm":
         assert float(told["edm.sigma_data"]) == options["sigma_data"]
         assert told["edm.label"] == options["label"]

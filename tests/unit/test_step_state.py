@@ -127,7 +127,8 @@ def test_a_void_update_leaves_what_is_learnt_beside_the_network(
 def test_levels_are_remembered_by_the_weighted_loss_without_importance(
     make_tiny_unet: MakeUnet, make_batch: MakeBatch
 ) -> None:
-    draw = AdaptiveLevels(AdaptiveSettings(bins=2, warmup_samples=1, uniform_share=0.5, every_steps=1), CPU)
+    settings = AdaptiveSettings(bins=2, warmup_samples=1, decay=0.99, uniform_share=0.5, every_steps=1)
+    draw = AdaptiveLevels(settings, CPU)
     moments = torch.tensor([1.0, 9.0])
     draw.load({"moment": moments, "count": torch.ones(2), "probability": torch.tensor([0.375, 0.625]).double()})
     objective = replace(OBJECTIVES["v_prediction"], level_draw=draw, loss_weight=MinSNR(0.5))
@@ -150,7 +151,8 @@ def test_levels_are_remembered_by_what_the_learned_variance_leaves(
     make_tiny_unet: MakeUnet, make_batch: MakeBatch
 ) -> None:
     """Levels that u has brought to unit loss are no harder than others, however large their raw loss."""
-    draw, uncertainty = AdaptiveLevels(AdaptiveSettings(bins=2, every_steps=1), CPU), LogVariance(SEED)
+    settings = AdaptiveSettings(bins=2, warmup_samples=20, decay=0.99, uniform_share=0.1, every_steps=1)
+    draw, uncertainty = AdaptiveLevels(settings, CPU), LogVariance(SEED)
     with torch.no_grad():
         uncertainty.weight_F.normal_(generator=torch.Generator().manual_seed(1))
     objective = replace(OBJECTIVES["v_prediction"], level_draw=draw, loss_weight=NoWeight())

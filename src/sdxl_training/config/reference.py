@@ -23,7 +23,7 @@ HEADER = """\
 # Copy what you change into a file of your own; what it leaves out has the value you see here. A file may also extend
 # another one:   base: ../src/config.yaml
 # Settings of another type of a family stand as comments below the default type.
-# Written by `python -m sdxl_training.config` from sdxl_training/config/schema.py; a test holds the two together.
+# Written by `python -m sdxl_training.config` from the schema in sdxl_training/config/; a test holds the two together.
 """
 
 

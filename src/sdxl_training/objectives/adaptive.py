@@ -28,11 +28,11 @@ class AdaptiveSettings:
     that stay uniform, so no sample counts more than 1 / uniform_share. every_steps: steps between two refreshes.
     """
 
-    bins: int = 32
-    warmup_samples: int = 20
-    decay: float = 0.99
-    uniform_share: float = 0.1
-    every_steps: int = 50
+    bins: int
+    warmup_samples: int
+    decay: float
+    uniform_share: float
+    every_steps: int
 
 
 class PlainLevels:

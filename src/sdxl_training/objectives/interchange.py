@@ -13,6 +13,9 @@ from sdxl_training.objectives.objective import Objective
 from sdxl_training.objectives.paths import EDMPath, PreconditionedFlowPath
 from sdxl_training.records import UserError
 
+FLOW_FACTS = {"objective": "flow_matching", "flow.sign": "noise_minus_data", "flow.time": "0 clean, 1 noise"}
+"""What raw and preconditioned flow models have in common."""
+
 
 def scheduler_config(objective: Objective) -> dict[str, Any]:
     """Return the diffusers scheduler configuration that samples a model trained with this objective.
@@ -89,24 +92,14 @@ def facts(objective: Objective) -> dict[str, str]:
     table = {"zero_terminal_snr": str(objective.path.zero_terminal_snr).lower()}
     if isinstance(objective.head, FlowHead):
         return {
-            "objective": "flow_matching",
-            "flow.sign": "noise_minus_data",
-            "flow.time": "0 clean, 1 noise",
+            **FLOW_FACTS,
             "flow.t_scale": "1000",
             "flow.input_scale": "none",
             "flow.label": "raw",
             "flow.shift": "1.0",
         }
     if isinstance(objective.path, PreconditionedFlowPath):
-        return {
-            "objective": "flow_matching",
-            "flow.sign": "noise_minus_data",
-            "flow.time": "0 clean, 1 noise",
-            "flow.input_scale": "vp",
-            "flow.label": "snr_matched",
-            "flow.output": "v",
-            **table,
-        }
+        return {**FLOW_FACTS, "flow.input_scale": "vp", "flow.label": "snr_matched", "flow.output": "v", **table}
     if isinstance(objective.path, EDMPath):
         return {
             "objective": "edm",

@@ -35,10 +35,10 @@ class Sampling:
     steps: int
     guidance: float
     seed: int
-    sampler: str = "euler"
-    grid: str = "auto"
-    shift: float = 1.0
-    guidance_rescale: float = 0.0
+    sampler: str
+    grid: str
+    shift: float
+    guidance_rescale: float
 
     def grid_for(self, path: NoisePath) -> Grid:
         """Return the grid of this name; auto is the path's own. Raises UserError for a shift that has no effect."""
