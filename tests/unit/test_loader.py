@@ -1,5 +1,6 @@
 """The loader: the same bits however many processes make them and however an update is split; coupled noise."""
 
+import itertools
 import multiprocessing
 import os
 import signal
@@ -15,33 +16,38 @@ import torch
 from sdxl_training.data.buckets import plan_crop
 from sdxl_training.data.captions import CaptionRules
 from sdxl_training.data.crops import Cut
+from sdxl_training.data.fetching import Stored, Unencoded
+from sdxl_training.data.images import UnreadablePicture
 from sdxl_training.data.loader import MicroBatches, RawBatch, _outlive_the_first_signal, open_loader, to_batch
 from sdxl_training.data.sampler import BatchSchedule
 from sdxl_training.objectives.couplings import ConditionalTransport, OptimalTransport
 from sdxl_training.objectives.noise import Noise
-from sdxl_training.records import Bucket, ImageRecord, UserError
+from sdxl_training.records import Bucket, ImageRecord, Quarantined, UserError
 
 BUCKETS = [Bucket((16, 16)), Bucket((16, 32))]
 SIZES = [(16, 16), (20, 40)]
 RECORDS = [
-    ImageRecord(1000 + i, f"/p/{i}.png", SIZES[i % 3 == 0], "", "", tuple(f"t{i}{k}" for k in range(5)), 1 + i % 2)
+    ImageRecord(
+        1000 + i, f"/p/{i}.png", SIZES[i % 3 == 0], ("",), tuple(f"t{i}{k}" for k in range(5)), 1 + i % 2, picture=i
+    )
     for i in range(17)
 ]
 PLANS = [plan_crop(record.size_hw, BUCKETS) for record in RECORDS]
 
 
 class Latents:
-    """Stands for the cache; `bad` cannot be read."""
+    """Stands for the cache: a latent's mean is its picture's number. `bad` pictures cannot be used."""
 
-    def __init__(self, bad: str | None = None):
-        self.bad = bad
+    def __init__(self, *bad: int, mean: float | None = None, std: float = 0.5):
+        self.bad, self.mean, self.std = bad, mean, std
 
-    def __call__(self, key):
-        if key == self.bad:
-            raise KeyError(key)
-        height, width = PLANS[int(key)].bucket.size_hw
-        mean_CHW = torch.full((4, height // 8, width // 8), float(key))
-        return mean_CHW, torch.full_like(mean_CHW, 0.5)
+    def __call__(self, record, plan):
+        if record.picture in self.bad:
+            raise UnreadablePicture(record.path, "it is damaged")
+        height, width = plan.bucket.size_hw
+        mean = record.picture if self.mean is None else self.mean
+        mean_CHW = torch.full((4, height // 8, width // 8), float(mean))
+        return Stored(mean_CHW, torch.full_like(mean_CHW, self.std))
 
 
 def tokenize(captions):
@@ -57,9 +63,8 @@ def micro_batches(batch_size=4, accumulation=1, rank=0, world_size=1, seed=3, **
         "schedule": schedule,
         "records": RECORDS,
         "variants": [(plan,) for plan in PLANS],
-        "keys": [(str(i),) for i in range(17)],
         "weights": [1 + i / 100 for i in range(17)],
-        "read_latent": Latents(),
+        "fetch": Latents(),
         "draw_noise": Noise(),
         "tokenize": tokenize,
         "rules": CaptionRules(shuffle=True, tag_dropout=0.2, caption_dropout=0.3),
@@ -81,7 +86,7 @@ def joined(batches: list[RawBatch]) -> RawBatch:
     assert len({batch.step for batch in batches}) == 1
     assert {batch.global_batch for batch in batches} == {sum(len(batch.slots) for batch in batches)}
     parts = {field.name: [getattr(batch, field.name) for batch in batches] for field in fields(RawBatch)}
-    del parts["step"], parts["global_batch"]
+    del parts["step"], parts["global_batch"], parts["unencoded"]
     whole = {
         name: torch.cat(part) if isinstance(part[0], torch.Tensor) else sum(part, ()) for name, part in parts.items()
     }
@@ -186,14 +191,12 @@ def test_a_picture_shows_its_variants_in_turns_each_with_its_own_latent_and_size
     """A wide picture and its mirrored twin; latents are named so that their values say which one was read."""
     variants = [Cut(flip=True).plans(record.size_hw, plan.bucket) for record, plan in zip(RECORDS, PLANS, strict=True)]
     variants = [(one, replace(twin, crop_tl=(0, 1))) for one, twin in variants]  # so that sizes tell them apart, too
-    keys = [(f"{i}", f"{i} mirrored") for i in range(17)]
 
-    def read_latent(key):
-        number, _, mirrored = key.partition(" ")
-        mean_CHW = Latents()(number)[0] + 100 * bool(mirrored)
-        return mean_CHW, torch.zeros_like(mean_CHW)
+    def fetch(record, plan):
+        stored = Latents(std=0)(record, plan)
+        return replace(stored, mean_CHW=stored.mean_CHW + 100 * plan.flipped)
 
-    dataset = micro_batches(variants=variants, keys=keys, read_latent=read_latent, seed=5)
+    dataset = micro_batches(variants=variants, fetch=fetch, seed=5)
     shown = {}
     for step in range(60):
         batch = dataset[step]
@@ -236,7 +239,7 @@ def test_updates_of_several_sizes_are_split_equally(couple, accumulation, world_
 
 COUPLINGS = {"optimal": OptimalTransport(), "conditional": ConditionalTransport(1.0)}
 every_coupling = pytest.mark.parametrize("couple", COUPLINGS.values(), ids=COUPLINGS)
-NEAR = {"read_latent": lambda key: (torch.zeros_like(Latents()(key)[0]), torch.ones_like(Latents()(key)[0]))}
+NEAR = {"fetch": Latents(mean=0, std=1)}
 """Latents that do not differ by their pictures' numbers, so that the posterior's draw decides who is near."""
 
 
@@ -307,31 +310,110 @@ def test_a_coupling_sees_all_tags_of_the_pictures_in_their_order():
     assert torch.equal(batch.noise_BCHW, noise_GCHW[[1, 2, 3, 0]])
 
 
-def test_a_picture_of_another_process_that_cannot_be_read_is_named_too():
-    share = micro_batches(1, 1, 0, 4, couple=OptimalTransport(), read_latent=Latents("5"))
-    step = next(step for step in range(20) if 5 in [draw.record for draw in share.schedule.batch_at(step)[1][1:]])
-    with pytest.raises(UserError, match=r"^/p/5.png: its cached latent cannot be read: '5'$"):
-        share[step]
-
-
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_latent_that_is_not_finite_is_refused_by_name(value):
-    good = Latents("")
-
-    def read_latent(key):
-        mean_CHW, std_CHW = good(key)
-        return (mean_CHW.index_fill(0, torch.tensor([2]), value), std_CHW) if key == "5" else (mean_CHW, std_CHW)
+    def fetch(record, plan):
+        stored = Latents()(record, plan)
+        bad_CHW = stored.mean_CHW.index_fill(0, torch.tensor([2]), value)
+        return replace(stored, mean_CHW=bad_CHW) if record.picture == 5 else stored
 
     with pytest.raises(UserError, match=r"^/p/5.png: its cached latent holds values that are not finite"):
-        list(open_loader(micro_batches(read_latent=read_latent), 0, 20, workers=0, pin=False))
+        list(open_loader(micro_batches(fetch=fetch), 0, 20, workers=0, pin=False))
+
+
+# --- pictures that cannot be used, and pictures that are not encoded yet ------------------------------------------------
+
+
+def neighbour(number: int, bad: tuple[int, ...]) -> int:
+    """Return the next picture of the same bucket, going round, that is not bad."""
+    members = [i for i in range(17) if PLANS[i].bucket == PLANS[number].bucket]
+    after = members[members.index(number) :] + members[: members.index(number)]
+    return next(i for i in after if i not in bad)
+
+
+@pytest.mark.parametrize("bad", [(5,), (15, 0), (3, 6, 9, 12, 15)])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_bad_picture_is_replaced_by_its_neighbour_and_named(alone, bad, workers):
+    made = list(open_loader(micro_batches(2, 2, fetch=Latents(*bad)), 0, 12, workers=workers, pin=False))
+    named = set()
+    for step, (before, after) in enumerate(zip(alone, made, strict=True)):
+        draws = micro_batches(2, 2).schedule.batch_at(step)[1]
+        batch = joined(after)
+        assert [sample_id - 1000 for sample_id in batch.sample_ids] == [neighbour(draw.record, bad) for draw in draws]
+        assert batch.visits == tuple(draw.visit for draw in draws)
+        for b, (one, other) in enumerate(zip(joined(before).sample_ids, batch.sample_ids, strict=True)):
+            if one == other:
+                assert torch.equal(joined(before).latents_BCHW[b], batch.latents_BCHW[b]), "the others stay as they are"
+            assert batch.weight_B[b].item() == pytest.approx(1 + (other - 1000) / 100)
+        named |= set(batch.bad)
+    assert named == {Quarantined(f"/p/{number}.png", "it is damaged") for number in bad}
+
+
+def test_what_is_bad_does_not_depend_on_what_was_asked_before():
+    dataset = micro_batches(1, 4, fetch=Latents(3, 5))
+    fresh = [micro_batches(1, 4, fetch=Latents(3, 5))[position] for position in range(16)]
+    for position in (0, 1, 13, 2, 5, 4, 0, 15, 3):
+        assert same(replace(dataset[position], bad=()), replace(fresh[position], bad=()))
+
+
+def test_a_bucket_without_a_usable_picture_ends_the_run_by_name():
+    bad = [i for i in range(17) if PLANS[i].bucket == BUCKETS[1]]
+    with pytest.raises(
+        UserError, match=r"no picture of bucket 16x32 can be used; the first: /p/\d+.png: it is damaged"
+    ):
+        list(open_loader(micro_batches(fetch=Latents(*bad)), 0, 20, workers=2, pin=False))
+    assert multiprocessing.active_children() == []
+
+
+class Pixels:
+    """Every second picture is not encoded yet; encoding it gives what `Latents` says, `bad` ones have no latent."""
+
+    def __init__(self, *bad: int):
+        self.bad = bad
+
+    def fetch(self, record, plan):
+        if record.picture % 2:
+            return Latents()(record, plan)
+        pixels_HWC = torch.full((*plan.bucket.size_hw, 3), record.picture, dtype=torch.uint8)
+        return Unencoded(pixels_HWC, record.path, record.picture, record.sample_id, bytes(16), plan)
+
+    def encode(self, pictures):
+        found = []
+        for one in pictures:
+            stored = Latents()(RECORDS[int(one.pixels_HWC[0, 0, 0])], one.plan)
+            found.append(None if one.picture in self.bad else (stored.mean_CHW, stored.std_CHW))
+        return found
+
+
+def no_text(ids_1_BL, ids_2_BL):
+    return ids_1_BL[..., None].float(), ids_2_BL.float()
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_picture_that_cannot_be_read_is_named_in_one_sentence(workers):
-    with pytest.raises(UserError) as caught:
-        list(open_loader(micro_batches(read_latent=Latents("5")), 0, 20, workers=workers, pin=False))
-    assert str(caught.value) == "/p/5.png: its cached latent cannot be read: '5'"
-    assert multiprocessing.active_children() == []
+def test_pictures_encoded_on_arrival_are_what_the_cache_would_give(alone, workers):
+    made = list(open_loader(micro_batches(2, 2, fetch=Pixels().fetch), 0, 12, workers=workers, pin=False))
+    for expected, raw in zip(itertools.chain(*alone), itertools.chain(*made), strict=True):
+        assert set(raw.unencoded) == {b for b, sample_id in enumerate(raw.sample_ids) if sample_id % 2 == 0}
+        batch = to_batch(raw, no_text, Pixels().encode, torch.device("cpu"))
+        assert torch.equal(batch.latents_BCHW, expected.latents_BCHW)
+        assert torch.equal(batch.noise_BCHW, expected.noise_BCHW)
+        assert torch.equal(batch.weight_B, expected.weight_B)
+
+
+def test_a_picture_without_a_finite_latent_has_no_weight():
+    for raw in map(micro_batches(fetch=Pixels().fetch).__getitem__, range(12)):
+        batch = to_batch(raw, no_text, Pixels(4).encode, torch.device("cpu"))
+        for b, sample_id in enumerate(raw.sample_ids):
+            assert batch.weight_B[b] == (0 if sample_id == 1004 else raw.weight_B[b])
+        assert batch.latents_BCHW.isfinite().all()
+        assert (raw.weight_B > 0).all(), "the batch of the loader stays as it was"
+
+
+def test_noise_that_depends_on_latents_refuses_to_go_on_without_them():
+    with pytest.raises(
+        UserError, match=r"^/p/\d+.png: its latent is not in the cache, and the noise of this run depends"
+    ):
+        list(open_loader(micro_batches(fetch=Pixels().fetch, needs_latents=True), 0, 4, workers=0, pin=False))
 
 
 def test_a_mistake_of_ours_is_not_hidden():
@@ -418,7 +500,7 @@ def test_dropped_captions_become_zeros_and_keep_their_sizes():
         text_BLD = torch.stack([ids_1_BL, ids_2_BL], -1).float()
         return text_BLD, text_BLD.mean(1)
 
-    batch = to_batch(raw, encode_text, torch.device("cpu"))
+    batch = to_batch(raw, encode_text, Pixels().encode, torch.device("cpu"))
     text_BLD, pooled_BP = encode_text(raw.ids_1_BL, raw.ids_2_BL)
     for b, keep in enumerate(raw.keep_B.tolist()):
         assert torch.equal(batch.conditioning.text_BLD[b], text_BLD[b] * keep)

@@ -1,63 +1,97 @@
-"""From the data section to what the loader reads: pictures found, planned, encoded, put in order."""
+"""From the data section to what the loader reads: pictures found, planned, in order; and the cache filled with them."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from torch import Tensor
+import numpy as np
 
+from sdxl_training.assemble.sources import open_pictures
 from sdxl_training.config.schema import Config, cache_folder
 from sdxl_training.data.bucket_lists import GENERATORS, buckets_at_resolutions, listed_buckets
-from sdxl_training.data.buckets import Fitting, PicturePlan, plan_resolutions
-from sdxl_training.data.cache import CacheItem, LatentCache, cache_items, fill
+from sdxl_training.data.buckets import Fitting
+from sdxl_training.data.cache import LatentCache
+from sdxl_training.data.claims import Claims
+from sdxl_training.data.contents import Contents
 from sdxl_training.data.crops import Cut
+from sdxl_training.data.encoding import Encoder
+from sdxl_training.data.fetching import Fetch
+from sdxl_training.data.filling import Fill
+from sdxl_training.data.picture_plan import PicturePlan, plan_resolutions
+from sdxl_training.data.pictures import Pictures
+from sdxl_training.data.preparing import choose_preparer
 from sdxl_training.data.sampler import BatchSchedule, batch_sizes
-from sdxl_training.data.scan import CaptionFiles, Quarantined, Source, scan
 from sdxl_training.parallel.group import Group
-from sdxl_training.records import Bucket, UserError
+from sdxl_training.records import Bucket, Quarantined, UserError
 from sdxl_training.tracking.progress import Progress
 
-ENCODE_BATCH = 8
 NAMED = 10
-INDEX_NAME = "picture_index.parquet"  # not index.parquet: a data set may have one of its own
+CAPTIONS_AT_ONCE = 4096
 
 
 @dataclass(frozen=True)
 class FoundPictures:
-    """What the source folders hold, planned into buckets."""
+    """What the sources hold, planned into buckets; contents: what is known of the pictures' bytes."""
 
+    pictures: Pictures
+    contents: Contents
     plan: PicturePlan
-    quarantined: tuple[Quarantined, ...]
+
+    def quarantined(self) -> list[Quarantined]:
+        """Return the pictures that are known to be of no use: by their headers, or since somebody decoded them."""
+        return self.pictures.quarantined() + self.contents.failures()
 
 
 def find_pictures(config: Config, progress: Progress) -> FoundPictures:
-    """Scan the sources and plan every picture; nothing is decoded."""
+    """List the sources, look at what is new, and plan every picture; nothing is decoded.
+
+    Raises UserError where more pictures are unusable than data.max_bad_fraction allows.
+    """
     data = config.data
-    captions = CaptionFiles(data.captions.extension, data.captions.separator, data.captions.missing)
-    sources = [Source(source.path, source.repeats) for source in data.sources]
-    folder = Path(cache_folder(config))
-    found = scan(sources, captions, folder / INDEX_NAME, progress)
+    pictures, contents = open_pictures(config, progress)
     sizes, crop = data.buckets, data.crop
     fitting = Fitting(sizes.small_pictures, sizes.resolutions, sizes.max_crop)
     cut = Cut(crop.position, crop.variants, crop.flip, crop.seed)
-    plan = plan_resolutions(found.records, bucket_lists(config), fitting, cut)
-    if found.left_out:
+    plan = plan_resolutions(pictures, bucket_lists(config), fitting, cut, pictures.columns())
+    found = FoundPictures(pictures, contents, plan)
+    left_out = pictures.left_out
+    if left_out:
         progress.message(
-            f"{len(found.left_out)} pictures without a caption are left out (data.captions.missing = leave_out); "
-            f"the first: {found.left_out[0]}"
+            f"{len(left_out)} pictures without a caption are left out (data.captions.missing = leave_out); "
+            f"the first: {left_out[0]}"
         )
     if plan.left_out:
         progress.message(
             f"{len(plan.left_out)} pictures do not fit their bucket and are left out (data.buckets.small_pictures, "
             f"max_crop); the first: {plan.left_out[0].record.path}: {plan.left_out[0].reason}"
         )
-    _name(found.quarantined, progress)
-    return FoundPictures(plan, found.quarantined)
+    quarantined = found.quarantined()
+    name_quarantined(quarantined, progress)
+    refuse_too_many_bad(config, quarantined, pictures.found)
+    return found
+
+
+def refuse_too_many_bad(config: Config, quarantined: Sequence[Quarantined], found: int) -> None:
+    """Raise UserError where a larger share of the pictures is unusable than data.max_bad_fraction allows."""
+    if len(quarantined) > config.data.max_bad_fraction * found:
+        shown = "".join(f"\n  {bad.path}: {bad.reason}" for bad in quarantined[:NAMED])
+        raise UserError(
+            f"data.max_bad_fraction = {config.data.max_bad_fraction:g}: {len(quarantined)} of {found} pictures cannot "
+            f"be used:{shown}\nReplace them or take them out, or raise data.max_bad_fraction."
+        )
+
+
+def name_quarantined(quarantined: Sequence[Quarantined], progress: Progress) -> None:
+    """Name the first few pictures that cannot be used."""
+    for entry in quarantined[:NAMED]:
+        progress.message(f"quarantined: {entry.path}: {entry.reason}")
+    if len(quarantined) > NAMED:
+        progress.message(f"and {len(quarantined) - NAMED} more: see quarantine.jsonl in the run's folder")
 
 
 def bucket_lists(config: Config) -> tuple[tuple[Bucket, ...], ...]:
@@ -74,10 +108,9 @@ def build_schedule(config: Config, plan: PicturePlan, processes: int) -> BatchSc
     """Return the order of the pictures of a plan for so many processes."""
     training = config.training
     parts = training.accumulation * processes
-    repeats = [record.repeats for record in plan.records]
     pixels = training.pixels_per_batch
     sizes = parts * training.batch_size if pixels is None else batch_sizes(plan.by_bucket, pixels, parts)
-    return BatchSchedule(plan.by_bucket, repeats, config.global_config.seed, sizes)
+    return BatchSchedule(plan.by_bucket, plan.repeats, config.global_config.seed, sizes)
 
 
 def arithmetic(config: Config, schedule: BatchSchedule, processes: int) -> str:
@@ -87,110 +120,105 @@ def arithmetic(config: Config, schedule: BatchSchedule, processes: int) -> str:
     if training.pixels_per_batch is None:
         return f"batch_size {training.batch_size} x {parts} = {schedule.global_batch} images a step"
     sizes = schedule.global_batches.values()
-    each = f"at most {training.pixels_per_batch} pixels a micro-batch x {parts}"
+    each = f"micro-batches of {training.pixels_per_batch} pixels, or one larger picture, x {parts}"
     return f"{each} = {min(sizes)} to {max(sizes)} images a step, by bucket"
-
-
-def _digest(items: Iterable[object]) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for item in items:
-        digest.update(json.dumps(item).encode() + b"\n")
-    return digest.hexdigest()
-
-
-def _name(quarantined: Sequence[Quarantined], progress: Progress) -> None:
-    for entry in quarantined[:NAMED]:
-        progress.message(f"quarantined: {entry.path}: {entry.reason}")
-    if len(quarantined) > NAMED:
-        progress.message(f"and {len(quarantined) - NAMED} more: see quarantine.jsonl in the run's folder")
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Pictures that are encoded and in order: what the loader reads and what decides which sample comes when.
+    """Pictures in order: what the loader reads and what decides which sample comes when.
 
-    keys: for each record the names of its latents, one a variant.
+    cache: where latents are kept, or None where nothing is.
     """
 
-    plan: PicturePlan
-    quarantined: tuple[Quarantined, ...]
-    cache: LatentCache
-    keys: tuple[tuple[str, ...], ...]
+    found: FoundPictures
     schedule: BatchSchedule
+    fetch: Fetch
+    cache: LatentCache | None
+    vae_fingerprint: str
 
     @property
-    def heaviest_bucket(self) -> Bucket:
-        """Return the bucket whose update has the most pixels."""
-        sizes = self.schedule.global_batches
-        return max(sizes, key=lambda bucket: sizes[bucket] * bucket.size_hw[0] * bucket.size_hw[1])
+    def plan(self) -> PicturePlan:
+        """Return what becomes of every picture."""
+        return self.found.plan
 
     @cached_property
     def fingerprint(self) -> dict[str, str]:
-        """Return what decides which sample comes when and what it holds: a short value or a digest for each part."""
-        records, schedule = self.plan.records, self.schedule
+        """Return what decides which sample comes when and what it holds: a short value or a digest for each part.
+
+        Of the pictures' content their sizes in bytes stand for it: nobody has read them all when a run begins.
+        """
+        plan, pictures = self.plan, self.found.pictures
+        sizes = [pictures.column(name) for name in ("length", "height", "width")]
         return {
-            "global_config.seed": str(schedule.seed),
+            "global_config.seed": str(self.schedule.seed),
             "images a step (batch_size x accumulation x processes)": self._images_a_step(),
-            "which pictures there are": _digest(record.sample_id for record in records),
-            "the pictures' content, size, crop or VAE": _digest(key for keys in self.keys for key in keys),
-            "captions": _digest(record.tags for record in records),
-            "repeats": _digest(record.repeats for record in records),
+            "which pictures there are": _digest([*pictures.names(), plan.picture_N, plan.bucket_N]),
+            "the pictures' content, size, crop or VAE": _digest(
+                [*sizes, np.frombuffer(f"{plan.buckets} {plan.cut} {self.vae_fingerprint}".encode(), np.uint8)]
+            ),
+            "captions": pictures.digest_captions(),
+            "repeats": _digest([plan.repeats]),
         }
 
     def _images_a_step(self) -> str:
         sizes = self.schedule.global_batches
         if len(set(sizes.values())) == 1:
             return str(self.schedule.global_batch)
-        return _digest((str(bucket), size) for bucket, size in sizes.items())
+        return _digest_text((str(bucket), size) for bucket, size in sizes.items())
 
 
-def prepare_dataset(
-    config: Config,
-    group: Group,
-    progress: Progress,
-    encode: Callable[[Tensor], tuple[Tensor, Tensor]],
-    vae_fingerprint: str,
-    one_batch: bool = False,
-) -> Dataset:
-    """Find, plan and encode the pictures; every rank encodes its share of what the cache lacks.
+def _digest(columns: Iterable[np.ndarray]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for column in columns:
+        digest.update(f"{column.dtype}{column.shape}".encode())
+        digest.update(np.ascontiguousarray(column).tobytes())
+    return digest.hexdigest()
 
-    With `one_batch` only as many pictures of the largest bucket as an update has are prepared. Unreadable pictures are
-    left out and named.
-    """
+
+def _digest_text(items: Iterable[object]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for item in items:
+        digest.update(json.dumps(item).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def prepare_dataset(config: Config, group: Group, progress: Progress, vae_fingerprint: str) -> Dataset:
+    """Find and plan the pictures, and open the cache; nothing is decoded or encoded."""
     found = find_pictures(config, progress)
-    plan = found.plan
-    if one_batch:
-        samples = build_schedule(config, plan, group.world_size).global_batches[plan.largest_bucket]
-        plan = plan.subset(plan.by_bucket[plan.largest_bucket][:samples])
-    cache = LatentCache(Path(cache_folder(config)), config.data.cache.posterior)
-    items = cache_items(plan.prepared(), vae_fingerprint)
-    share = items[group.rank :: group.world_size]
-    report = fill(cache, share, encode, progress, batch_size=ENCODE_BATCH, writer=f"rank{group.rank}")
+    background, mode = config.data.preprocessing.background, config.data.cache.mode
+    cache = None
+    if mode != "none":
+        recipe = choose_recipe(config.data.preprocessing.backend, group.device) if mode == "first" else RESAMPLING
+        cache = LatentCache(latent_folder(config), vae_fingerprint, config.data.cache.posterior, background, recipe)
+    fetch = Fetch(found.pictures, found.contents, cache, background)
+    return Dataset(found, build_schedule(config, found.plan, group.world_size), fetch, cache, vae_fingerprint)
+
+
+def latent_folder(config: Config) -> Path:
+    """Return where latents are kept."""
+    return Path(cache_folder(config)) / "latents"
+
+
+def fill_cache(config: Config, dataset: Dataset, encoder: Encoder, group: Group, progress: Progress) -> None:
+    """Encode all that the cache lacks, together with every other process that does; none waits for another's word."""
+    if dataset.cache is None:
+        raise ValueError("there is no cache to fill")
+    folder = latent_folder(config)
+    preprocessing = config.data.preprocessing
+    chosen = choose_preparer(preprocessing.backend, group.device, preprocessing.background, progress.message)
+    with chosen as preparer, Claims(folder / f"claims-{dataset.plan.digest()}") as claims:
+        report = Fill(
+            plan=dataset.plan,
+            pictures=dataset.found.pictures,
+            contents=dataset.found.contents,
+            cache=dataset.cache,
+            encoder=encoder,
+            preparer=preparer,
+            claims=claims,
+            start=group.rank / group.world_size,
+        ).run(progress)
     progress.message(report.describe())
-    _name(report.quarantined, progress)
-    group.wait()
-    cache.refresh()
-    keys = _by_record(items, plan)
-    usable = [number for number, names in enumerate(keys) if all(name in cache for name in names)]
-    bad = tuple({entry.path: entry for entry in (*found.quarantined, *group.gather(report.quarantined))}.values())
-    named = {entry.path for entry in bad}
-    lost = [item.record.path for item in items if item.key not in cache and item.record.path not in named]
-    if lost:
-        raise UserError(
-            f"data.cache: the latents of {len(lost)} pictures vanished while the cache was being filled (the first: "
-            f"{lost[0]}). Another process may be clearing {cache.folder}. Start the same command again."
-        )
-    if not usable:
-        raise UserError(
-            f"data.sources: none of the {len(items)} pictures could be encoded; the first: {bad[0].path}: "
-            f"{bad[0].reason}. Replace the pictures, or give other folders."
-        )
-    plan = plan.subset(usable)
-    schedule = build_schedule(config, plan, group.world_size)
-    return Dataset(plan, bad, cache, tuple(keys[number] for number in usable), schedule)
-
-
-def _by_record(items: Sequence[CacheItem], plan: PicturePlan) -> list[tuple[str, ...]]:
-    """Return the latents' names of each record, one a variant."""
-    names = iter(items)
-    return [tuple(next(names).key for _ in variants) for variants in plan.variants]
+    quarantined = dataset.found.quarantined()
+    name_quarantined(quarantined, progress)
+    refuse_too_many_bad(config, quarantined, dataset.found.pictures.found)

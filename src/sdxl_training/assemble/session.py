@@ -7,16 +7,26 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 
-from sdxl_training.assemble.dataset import Dataset, prepare_dataset
+from sdxl_training.assemble.dataset import (
+    Dataset,
+    fill_cache,
+    latent_folder,
+    name_quarantined,
+    prepare_dataset,
+    refuse_too_many_bad,
+)
 from sdxl_training.assemble.folder import RunFolder
 from sdxl_training.assemble.objective import build_coupling, build_noise, build_objective
 from sdxl_training.assemble.parts import build_update
 from sdxl_training.assemble.resume import check_fits, load_weights, restore
 from sdxl_training.config.schema import Config
 from sdxl_training.data.captions import CaptionRules, join_tags
-from sdxl_training.data.loader import MicroBatches, open_loader, to_batch
+from sdxl_training.data.encoding import Encoder
+from sdxl_training.data.loader import MicroBatches, RawBatch, open_loader, to_batch
 from sdxl_training.data.sampler import slots_of_part
+from sdxl_training.data.store_writer import StoreWriter
 from sdxl_training.memory.checkpointing import recompute_activations
 from sdxl_training.memory.precision import autocast
 from sdxl_training.model.latents import encode_latents, vae_fingerprint
@@ -30,10 +40,12 @@ from sdxl_training.tracking.progress import Progress
 from sdxl_training.training.checkpoint import Checkpoint
 from sdxl_training.training.step import Run
 
+ENCODE_BATCH = 8
+
 
 @dataclass
 class Session:
-    """A run on this rank."""
+    """A run on this rank. Closing it seals what it wrote into the cache."""
 
     config: Config
     folder: RunFolder
@@ -41,10 +53,12 @@ class Session:
     progress: Progress
     sdxl: SDXL
     dataset: Dataset
+    encoder: Encoder
     micro_batches: MicroBatches
     run: Run
     meter: Meter = field(default_factory=Meter)
     started: float = field(default_factory=time.monotonic)
+    _known_bad: set[str] = field(default_factory=set)
 
     @property
     def last_step(self) -> int:
@@ -53,52 +67,74 @@ class Session:
 
     def batches(self, first_step: int) -> Iterator[Sequence[Batch]]:
         """Yield this rank's micro-batches of each update from `first_step` on, on the device."""
-        device, encode = self.group.device, partial(encode_text, self.sdxl)
-        workers = self.config.data.workers
-        loader = open_loader(self.micro_batches, first_step, self.last_step, workers, pin=device.type == "cuda")
+        workers, pin = self.config.data.workers, self.group.device.type == "cuda"
+        loader = open_loader(self.micro_batches, first_step, self.last_step, workers, pin)
         with closing(loader):
             for _ in range(first_step, self.last_step):
                 with self.meter.waiting():
                     raw_batches = next(loader)
-                yield [to_batch(raw, encode, device) for raw in raw_batches]
+                yield [self.to_device(raw) for raw in raw_batches]
+
+    def to_device(self, raw: RawBatch) -> Batch:
+        """Return the batch on the device, captions and new pictures encoded; bad pictures are named once.
+
+        Raises UserError where too many pictures are bad.
+        """
+        batch = to_batch(raw, partial(encode_text, self.sdxl), self.encoder, self.group.device)
+        found = [bad for bad in (*raw.bad, *self.encoder.take_bad()) if bad.path not in self._known_bad]
+        if found:
+            self._known_bad |= {bad.path for bad in found}
+            name_quarantined(found, self.progress)
+            quarantined = self.dataset.found.quarantined()
+            refuse_too_many_bad(self.config, quarantined, self.dataset.found.pictures.found)
+            if self.group.is_main:
+                self.folder.write_quarantine(quarantined)
+        return batch
 
     def largest_batch(self) -> list[Batch]:
         """Return micro-batches of the heaviest update, as many as an update has; for a rehearsal."""
-        bucket = self.dataset.heaviest_bucket
-        record, samples = self.dataset.plan.by_bucket[bucket][0], self.dataset.schedule.global_batches[bucket]
+        schedule = self.dataset.schedule
+        bucket = schedule.heaviest_bucket
+        record, samples = int(schedule.members(bucket)[0]), schedule.global_batches[bucket]
         slots = slots_of_part(samples, 0, self.micro_batches.parts)
-        raw = self.micro_batches.collect([Draw(record, 0)] * len(slots), slots, samples)
-        batch = to_batch(raw, partial(encode_text, self.sdxl), self.group.device)
+        batch = self.to_device(self.micro_batches.collect([Draw(record, 0)] * len(slots), slots, samples))
         return [batch] * self.config.training.accumulation
 
     def first_batches(self, count: int) -> list[Batch]:
-        """Return `count` pictures of the largest bucket, or all of a smaller one; the same on every rank."""
-        bucket = self.dataset.heaviest_bucket
-        size = self.dataset.schedule.global_batches[bucket] // self.micro_batches.parts
-        draws = [Draw(record, 0) for record in self.dataset.plan.by_bucket[bucket][:count]]
-        encode, device = partial(encode_text, self.sdxl), self.group.device
+        """Return `count` pictures of the heaviest update's bucket, or all of a smaller one; the same on every rank."""
+        schedule = self.dataset.schedule
+        bucket = schedule.heaviest_bucket
+        size = schedule.global_batches[bucket] // self.micro_batches.parts
+        draws = [Draw(int(record), 0) for record in schedule.members(bucket)[:count]]
         chunks = [draws[first : first + size] for first in range(0, len(draws), size)]
-        raw_batches = [self.micro_batches.collect(chunk, range(len(chunk)), len(draws)) for chunk in chunks]
-        return [to_batch(raw, encode, device) for raw in raw_batches]
+        return [self.to_device(self.micro_batches.collect(chunk, range(len(chunk)), len(draws))) for chunk in chunks]
+
+    def fill(self) -> None:
+        """Encode every picture, where that is to come first."""
+        if self.config.data.cache.mode == "first":
+            fill_cache(self.config, self.dataset, self.encoder, self.group, self.progress)
+            if self.group.is_main:
+                self.folder.write_quarantine(self.dataset.found.quarantined())
+
+    def close(self) -> None:
+        """Seal what was written into the cache."""
+        if self.encoder.writer is not None:
+            self.encoder.writer.close()
 
 
 def open_session(
-    config: Config, folder: RunFolder, group: Group, progress: Progress, checkpoint: Checkpoint | None, dry_run: bool
+    config: Config, folder: RunFolder, group: Group, progress: Progress, checkpoint: Checkpoint | None
 ) -> Session:
-    """Load the model, prepare the data and build the update; with a checkpoint, as it was when that was saved.
-
-    A dry run prepares only the pictures of one batch of the largest bucket.
-    """
+    """Load the model, find the data and build the update; with a checkpoint, as it was when that was saved."""
     training = config.training
     sdxl = load_sdxl(config.model.source, config.global_config.seed, group.device)
     if checkpoint is not None:
         load_weights(sdxl, checkpoint)
     if training.memory.gradient_checkpointing:
         recompute_activations(sdxl.unet)
-    encode, fingerprint = partial(encode_latents, sdxl.vae), vae_fingerprint(sdxl.vae)
-    dataset = prepare_dataset(config, group, progress, encode, fingerprint, one_batch=dry_run)
+    dataset = prepare_dataset(config, group, progress, vae_fingerprint(sdxl.vae))
     if group.is_main:
-        folder.write_quarantine(dataset.quarantined)
+        folder.write_quarantine(dataset.found.quarantined())
         _warn_of_long_captions(sdxl, dataset, config.data.captions.separator, progress)
     objective = build_objective(config, group.device)
     run = Run(
@@ -112,7 +148,23 @@ def open_session(
     if checkpoint is not None:
         check_fits(checkpoint, config, dataset.fingerprint)
         restore(run, checkpoint, progress)
-    return Session(config, folder, group, progress, sdxl, dataset, _micro_batches(config, group, sdxl, dataset), run)
+    encoder = build_encoder(config, sdxl, dataset, group, progress)
+    batches = _micro_batches(config, group, sdxl, dataset)
+    return Session(config, folder, group, progress, sdxl, dataset, encoder, batches, run)
+
+
+def build_encoder(config: Config, sdxl: SDXL, dataset: Dataset, group: Group, progress: Progress) -> Encoder:
+    """Return what encodes pictures on this rank and writes them into the cache, if there is one."""
+
+    def say_full(folder: Path, error: OSError) -> None:
+        progress.message(
+            f"{folder}: {error.strerror}. The run waits; free some space and it goes on, what was stored is kept."
+        )
+
+    writer = None
+    if dataset.cache is not None:
+        writer = StoreWriter(latent_folder(config), config.data.cache.compression, say_full, name=f"rank{group.rank}")
+    return Encoder(partial(encode_latents, sdxl.vae), group.device, ENCODE_BATCH, dataset.cache, writer)
 
 
 def _warn_of_long_captions(sdxl: SDXL, dataset: Dataset, separator: str, progress: Progress) -> None:
@@ -129,11 +181,11 @@ def _micro_batches(config: Config, group: Group, sdxl: SDXL, dataset: Dataset) -
         schedule=dataset.schedule,
         records=dataset.plan.records,
         variants=dataset.plan.variants,
-        keys=dataset.keys,
-        weights=[1.0] * len(dataset.keys),
-        read_latent=dataset.cache.read,
+        weights=dataset.found.pictures.weights()[dataset.plan.picture_N],
+        fetch=dataset.fetch,
         draw_noise=build_noise(config),
         couple=build_coupling(config),
+        needs_latents=config.training.coupling.type != "independent",
         tokenize=caption_tokenizer(sdxl),
         rules=CaptionRules(
             captions.separator, captions.shuffle, captions.keep_first, captions.tag_dropout, captions.caption_dropout

@@ -69,7 +69,7 @@ def train(loaded: LoadedConfig, resume: str, dry_run: bool) -> None:
                 f"{folder.path}: finished, {first_step} updates are done. Raise training.max_steps to go on."
             )
             return
-        session = open_session(config, folder, group, progress, checkpoint, dry_run)
+        session = stack.enter_context(closing(open_session(config, folder, group, progress, checkpoint)))
         if group.is_main:
             _note_configuration(folder, loaded, first_step, progress)
         progress.message(_arithmetic(session, first_step))
@@ -81,6 +81,7 @@ def train(loaded: LoadedConfig, resume: str, dry_run: bool) -> None:
             _try_updates(session)
             progress.message(f"dry run: one step on the largest bucket, one save and one preview worked: {folder.path}")
             return
+        session.fill()
         with stop_on_signals(announce=group.is_main) as stop:
             _run_to_the_end(session, first_step, stop)
 
@@ -263,7 +264,7 @@ def _write_report(session: Session, steps_done: int, state: Literal["running", "
         seconds=time.monotonic() - session.started,
         prompts=session.config.global_config.previews.prompts,
         buckets={str(bucket): count for bucket, count in plan.counts.items()},
-        quarantined={entry.path: entry.reason for entry in session.dataset.quarantined},
+        quarantined={entry.path: entry.reason for entry in session.dataset.found.quarantined()},
         environment=_environment(session.group.device),
     )
     try:

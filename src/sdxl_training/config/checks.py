@@ -95,9 +95,11 @@ def bucket_lists_fit(config: Config) -> Iterator[Finding]:
 def crop_variants_differ(config: Config) -> Iterator[Finding]:
     """Only random crops differ from each other."""
     crop = config.data.crop
-    if crop.variants > 1 and crop.position != "random":
+    for name, changed in (("variants", crop.variants > 1), ("seed", crop.seed != 0)):
+        if not changed or crop.position == "random":
+            continue
         text = f"has no effect with position: {crop.position}; set position: random, or delete this line"
-        yield Finding("data.crop.variants", text, ("data.crop.position",))
+        yield Finding(f"data.crop.{name}", text, ("data.crop.position",))
 
 
 def a_batch_of_pixels_holds_a_picture(config: Config) -> Iterator[Finding]:
@@ -109,6 +111,38 @@ def a_batch_of_pixels_holds_a_picture(config: Config) -> Iterator[Finding]:
         least, what = max((height * width for height, width in buckets.sizes), default=0), f"the largest of {place}"
     if pixels is not None and pixels < least:
         yield Finding("training.pixels_per_batch", f"must be at least {what} = {least}, one picture", (place,))
+
+
+def latents_come_first_where_noise_needs_them(config: Config) -> Iterator[Finding]:
+    """A coupling compares noise with latents before a batch reaches the device."""
+    mode, coupling = config.data.cache.mode, config.training.coupling.type
+    if coupling != "independent" and mode != "first":
+        text = f"needs every latent beforehand; set data.cache.mode: first (it is {mode}), or type: independent"
+        yield Finding("training.coupling.type", text, ("data.cache.mode",))
+
+
+def cache_settings_take_effect(config: Config) -> Iterator[Finding]:
+    """Without a cache there is nothing to compress or to place; DALI works only where all is encoded first."""
+    cache, backend = config.data.cache, config.data.preprocessing.backend
+    if cache.mode == "none" and cache.compression != "none":
+        yield Finding("data.cache.compression", "has no effect with mode: none; delete this line", ("data.cache.mode",))
+    if backend == "dali" and cache.mode != "first":
+        text = f"works only with data.cache.mode: first (it is {cache.mode}), where pictures are prepared in bulk"
+        yield Finding("data.preprocessing.backend", text, ("data.cache.mode",))
+
+
+def source_settings_take_effect(config: Config) -> Iterator[Finding]:
+    """Columns are a table's; a table names the pictures of a folder."""
+    for number, source in enumerate(config.data.sources):
+        columns, place = source.columns, f"data.sources.{number}"
+        named = columns.image or columns.captions or columns.tags
+        if named and source.table is None and source.type in ("folder", "tar"):
+            yield Finding(
+                f"{place}.columns", f"has no effect with type: {source.type} and no table", (f"{place}.type",)
+            )
+        if source.table is not None and source.type in ("tar", "parquet"):
+            text = f"names the pictures of a folder; with type: {source.type} delete this line"
+            yield Finding(f"{place}.table", text, (f"{place}.type",))
 
 
 def preview_grid_fits_the_objective(config: Config) -> Iterator[Finding]:
@@ -135,6 +169,9 @@ CHECKS: tuple[Callable[[Config], Iterator[Finding]], ...] = (
     bucket_lists_fit,
     crop_variants_differ,
     a_batch_of_pixels_holds_a_picture,
+    latents_come_first_where_noise_needs_them,
+    cache_settings_take_effect,
+    source_settings_take_effect,
 )
 
 

@@ -28,7 +28,7 @@ from sdxl_training.data.store import DamagedEntry, Store
 from sdxl_training.data.store_format import ORIGIN
 from sdxl_training.records import CropPlan
 
-CODE_VERSION = f"3-{RESAMPLING}"  # of how pixels are prepared and latents stored: part of every key
+CODE_VERSION = 3  # of how pixels are prepared and latents stored: part of every key
 LATENT_FACTOR = 8
 LATENT_CHANNELS = 4
 
@@ -63,17 +63,24 @@ def _words(digest: bytes) -> Keys:
 class LatentCache:
     """The latents in a folder that were made by one VAE.
 
-    settings: what decides a latent beside the picture and its crop: VAE, precision, background. posterior: `mean`
-    returns means only (their deviation reads as zero); `sample` does not count latents stored without deviation.
+    vae_fingerprint, background, recipe: what decides a latent beside the picture and its crop: the VAE and its
+    precision, the colour behind transparent pixels, how pixels are made. posterior: `mean` returns means only (their
+    deviation reads as zero); `sample` does not count latents stored without deviation.
     """
 
     def __init__(
-        self, folder: Path, vae_fingerprint: str, posterior: Posterior = "sample", background: RGB = WHITE
+        self,
+        folder: Path,
+        vae_fingerprint: str,
+        posterior: Posterior = "sample",
+        background: RGB = WHITE,
+        recipe: str = RESAMPLING,
     ) -> None:
         self.store = Store(folder)
         self.posterior: Posterior = posterior
         self._settings = {
-            kind: _digest(f"{CODE_VERSION} {vae_fingerprint} {background} {kind}") for kind in ("sample", "mean")
+            kind: _digest(f"{CODE_VERSION} {vae_fingerprint} {background} {recipe} {kind}")
+            for kind in ("sample", "mean")
         }
 
     @property

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -41,23 +42,23 @@ class Encoder:
 
     def __call__(self, pictures: Sequence[Unencoded]) -> list[Latent | None]:
         """Return mean_CHW and std_CHW of pictures of one bucket, fp32, on the device; None: it has no finite latent."""
-        latents = [
-            latent
-            for first in range(0, len(pictures), self.batch_size)
-            for latent in self._encode(pictures[first : first + self.batch_size])
-        ]
+        batches = (pictures[first : first + self.batch_size] for first in range(0, len(pictures), self.batch_size))
+        latents = [latent for batch in batches for latent in self._encode(batch)]
         self.bad += [
             Quarantined(picture.path, NOT_FINITE)
             for picture, latent in zip(pictures, latents, strict=True)
             if latent is None
         ]
         self._keep(pictures, latents)
-        return [
-            None
-            if latent is None
-            else (latent[0].to(self.device, torch.float32), latent[1].to(self.device, torch.float32))
-            for latent in latents
-        ]
+        return [None if latent is None else (self._widen(latent[0]), self._widen(latent[1])) for latent in latents]
+
+    def take_bad(self) -> list[Quarantined]:
+        """Return the pictures found to be of no use since the last time."""
+        bad, self.bad = self.bad, []
+        return bad
+
+    def _widen(self, moment_CHW: Tensor) -> Tensor:
+        return moment_CHW.to(self.device, torch.float32, non_blocking=True)
 
     def _encode(self, pictures: Sequence[Unencoded]) -> list[Latent | None]:
         pixels_BHWC = torch.stack([picture.pixels_HWC for picture in pictures])
@@ -67,12 +68,13 @@ class Encoder:
     def _keep(self, pictures: Sequence[Unencoded], latents: Sequence[Latent | None]) -> None:
         if self.cache is None or self.writer is None:
             return
-        entries = [(picture, latent) for picture, latent in zip(pictures, latents, strict=True) if latent is not None]
-        self.writer.append(
-            [self.cache.key(picture.content, picture.plan) for picture, _ in entries],
-            [self.cache.origin(picture.sample_id, picture.content, picture.plan) for picture, _ in entries],
-            [self.cache.moments(*latent) for _, latent in entries],
-        )
+        entries = [(one, latent) for one, latent in zip(pictures, latents, strict=True) if latent is not None]
+        if entries:
+            self.writer.append(
+                np.stack([self.cache.key(one.content, one.plan) for one, _ in entries]),
+                np.stack([self.cache.origin(one.sample_id, one.content, one.plan) for one, _ in entries]),
+                [self.cache.moments(*latent) for _, latent in entries],
+            )
 
 
 def encode_finite(encode: Encode, pixels_BCHW: Tensor) -> list[Latent | None]:
