@@ -186,6 +186,7 @@ def _micro_batches(config: Config, group: Group, sdxl: SDXL, dataset: Dataset) -
         draw_noise=build_noise(config),
         couple=build_coupling(config),
         needs_latents=config.training.coupling.type != "independent",
+        posterior=config.data.cache.posterior,
         tokenize=caption_tokenizer(sdxl),
         rules=CaptionRules(
             captions.separator, captions.shuffle, captions.keep_first, captions.tag_dropout, captions.caption_dropout

@@ -126,8 +126,9 @@ class Cache(Section):
     compression: Literal["none", "lossless"] = Field(
         default="none", description="How latents are stored; lossless saves about an eighth and takes time."
     )
-    posterior: Literal["sample", "mean"] = Field(
-        default="sample", description="Whether a latent is drawn from the VAE's distribution or is its mean."
+    posterior: Literal["mean", "sample"] = Field(
+        default="mean",
+        description="What a latent is: the VAE's mean, or drawn from its distribution, which doubles the cache.",
     )
 
 

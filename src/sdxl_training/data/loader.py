@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
-from sdxl_training.data.cache import LATENT_CHANNELS, LATENT_FACTOR
+from sdxl_training.data.cache import LATENT_CHANNELS, LATENT_FACTOR, Posterior
 from sdxl_training.data.captions import CaptionRules, augment
 from sdxl_training.data.crops import variant_of_visit
 from sdxl_training.data.fetching import Stored, Unencoded
@@ -101,7 +101,8 @@ class MicroBatches(Dataset[RawBatch]):
 
     records, variants and weights are parallel: picture, the ways in which it is prepared, its loss weight. With
     `couple`, noise changes hands within the global batch; each process then reads all its latents. needs_latents: the
-    noise depends on the latents, so all must be in the cache.
+    noise depends on the latents, so all must be in the cache. posterior: whether a visit draws from the VAE's
+    distribution or takes its mean.
 
     A picture that cannot be decoded is replaced by the next one of its bucket that can, so a batch is always full and,
     since what can be decoded is a property of the pictures, always the same.
@@ -121,6 +122,7 @@ class MicroBatches(Dataset[RawBatch]):
     world_size: int = 1
     couple: Couple | None = None
     needs_latents: bool = False
+    posterior: Posterior = "sample"
     _coupled: dict[int, Tensor] = field(default_factory=dict, init=False, compare=False, repr=False)
     _bad: dict[int, Quarantined] = field(default_factory=dict, init=False, compare=False, repr=False)
 
@@ -234,15 +236,17 @@ class MicroBatches(Dataset[RawBatch]):
         return augment(record.tags, self.rules, generator)
 
     def _latent(self, sample: Sample) -> Tensor:
-        """Draw a latent_CHW from the picture's posterior; without one, return the draw's standard normal numbers."""
+        """Return a latent_CHW, or for a picture without one the standard normal numbers that will make it a draw."""
         record, latent = sample.record, sample.latent
-        generator = torch_generator(self.seed, Stream.POSTERIOR, sample.draw.visit, record.sample_id)
         height, width = (side // LATENT_FACTOR for side in sample.plan.bucket.size_hw)
-        normal_CHW = torch.randn((LATENT_CHANNELS, height, width), generator=generator)
+        normal_CHW = torch.zeros(LATENT_CHANNELS, height, width)
+        if self.posterior == "sample":
+            generator = torch_generator(self.seed, Stream.POSTERIOR, sample.draw.visit, record.sample_id)
+            normal_CHW.normal_(generator=generator)
         if isinstance(latent, Unencoded):
             return normal_CHW
         latent_CHW = torch.addcmul(latent.mean_CHW, latent.std_CHW, normal_CHW)
-        if not latent_CHW.isfinite().all():
+        if not latent_CHW.sum().isfinite():  # as good as asking each value, and twenty times as fast
             raise UserError(
                 f"{record.path}: its cached latent holds values that are not finite. Delete the cache, so that it is "
                 "encoded anew, or take the picture out of the data set."
