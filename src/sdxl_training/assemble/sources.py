@@ -1,0 +1,81 @@
+"""From the configured sources to pictures: which kind of place each is, its index, what a run makes of it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from sdxl_training.config.data import Source
+from sdxl_training.config.schema import Config, cache_folder
+from sdxl_training.data.contents import Contents
+from sdxl_training.data.filters import Filter
+from sdxl_training.data.folders import FolderSource
+from sdxl_training.data.listing import PictureSource
+from sdxl_training.data.parquet_source import ParquetSource
+from sdxl_training.data.picture_index import update_index
+from sdxl_training.data.pictures import IndexedSource, Pictures, SourceRules
+from sdxl_training.data.remote import is_address, list_files
+from sdxl_training.data.tables import TableSource
+from sdxl_training.data.tars import TarSource
+from sdxl_training.records import UserError
+from sdxl_training.tracking.progress import Progress
+
+INDEX_FOLDER = "index"
+
+
+def open_pictures(config: Config, progress: Progress) -> tuple[Pictures, Contents]:
+    """List every source, look at what is new, and return the usable pictures and what is known of their bytes.
+
+    Raises one UserError for all sources that cannot serve.
+    """
+    folder = Path(cache_folder(config)) / INDEX_FOLDER
+    opened: list[IndexedSource] = []
+    problems: list[str] = []
+    for number, described in enumerate(config.data.sources):
+        try:
+            source = open_source(described, config)
+            table = update_index(folder, source, progress, os.cpu_count() or 1)
+        except UserError as error:
+            problems.append(f"data.sources.{number}.path = {described.path}: {error}")
+        else:
+            opened.append(IndexedSource(source, source_rules(described, config), table))
+    if problems:
+        raise UserError("\n".join(problems))
+    pictures = Pictures(opened)
+    return pictures, Contents(folder, pictures)
+
+
+def open_source(described: Source, config: Config) -> PictureSource:
+    """Return the source that a part of the configuration describes. Raises UserError where there is none."""
+    extension, columns = config.data.captions.extension, described.columns
+    kind = kind_of(described)
+    if kind == "tar":
+        return TarSource(described.path, extension)
+    if kind == "parquet":
+        return ParquetSource(described.path, columns.image, columns.captions or None)
+    if described.table is not None:
+        return TableSource(described.path, described.table, columns.image, columns.captions or None, columns.tags)
+    return FolderSource(described.path, extension)
+
+
+def kind_of(described: Source) -> str:
+    """Return folder, tar or parquet: as told, or by the path's ending, or by what the folder holds."""
+    if described.type != "auto":
+        return described.type
+    ending = described.path.lower()
+    for kind in ("tar", "parquet"):
+        if ending.endswith(f".{kind}"):
+            return kind
+    return "folder"
+
+
+def source_rules(described: Source, config: Config) -> SourceRules:
+    """Return what a run makes of a source."""
+    captions, only = config.data.captions, described.only
+    return SourceRules(
+        repeats=described.repeats,
+        weight=described.weight,
+        separator=captions.separator,
+        missing=captions.missing,
+        only=Filter(only.names, only.except_names, only.any_tag, only.no_tag, only.min_side_px),
+    )
