@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from sdxl_training.assemble.sources import open_pictures
 from sdxl_training.config.schema import Config, cache_folder
@@ -19,12 +21,14 @@ from sdxl_training.data.cache import LatentCache
 from sdxl_training.data.claims import Claims
 from sdxl_training.data.contents import Contents
 from sdxl_training.data.crops import Cut
+from sdxl_training.data.dali import DaliPreparer, choose_backend
 from sdxl_training.data.encoding import Encoder
 from sdxl_training.data.fetching import Fetch
-from sdxl_training.data.filling import Fill
+from sdxl_training.data.filling import PIECE, Fill
+from sdxl_training.data.images import RESAMPLING
 from sdxl_training.data.picture_plan import PicturePlan, plan_resolutions
 from sdxl_training.data.pictures import Pictures
-from sdxl_training.data.preparing import choose_preparer
+from sdxl_training.data.preparing import Preparer
 from sdxl_training.data.sampler import BatchSchedule, batch_sizes
 from sdxl_training.parallel.group import Group
 from sdxl_training.records import Bucket, Quarantined, UserError
@@ -128,13 +132,14 @@ def arithmetic(config: Config, schedule: BatchSchedule, processes: int) -> str:
 class Dataset:
     """Pictures in order: what the loader reads and what decides which sample comes when.
 
-    cache: where latents are kept, or None where nothing is.
+    cache: where latents are kept, or None where nothing is. preparer: what decodes in bulk where that comes first.
     """
 
     found: FoundPictures
     schedule: BatchSchedule
     fetch: Fetch
     cache: LatentCache | None
+    preparer: Preparer | None
     vae_fingerprint: str
 
     @property
@@ -153,13 +158,21 @@ class Dataset:
         return {
             "global_config.seed": str(self.schedule.seed),
             "images a step (batch_size x accumulation x processes)": self._images_a_step(),
-            "which pictures there are": _digest([*pictures.names(), plan.picture_N, plan.bucket_N]),
+            "which pictures there are": self._which(),
             "the pictures' content, size, crop or VAE": _digest(
                 [*sizes, np.frombuffer(f"{plan.buckets} {plan.cut} {self.vae_fingerprint}".encode(), np.uint8)]
             ),
-            "captions": pictures.digest_captions(),
+            "captions": _digest(pictures.captions()),
             "repeats": _digest([plan.repeats]),
         }
+
+    @property
+    def claims_name(self) -> str:
+        """Return the name of the file by which processes that fill the cache with the same pieces know each other."""
+        return f"claims-{self._which()[:16]}"
+
+    def _which(self) -> str:
+        return _digest([*self.found.pictures.names(), self.plan.picture_N, self.plan.bucket_N])
 
     def _images_a_step(self) -> str:
         sizes = self.schedule.global_batches
@@ -187,12 +200,14 @@ def prepare_dataset(config: Config, group: Group, progress: Progress, vae_finger
     """Find and plan the pictures, and open the cache; nothing is decoded or encoded."""
     found = find_pictures(config, progress)
     background, mode = config.data.preprocessing.background, config.data.cache.mode
+    preparer = open_preparer(config, group.device) if mode == "first" else None
+    recipe = RESAMPLING if preparer is None else preparer.recipe
     cache = None
     if mode != "none":
-        recipe = choose_recipe(config.data.preprocessing.backend, group.device) if mode == "first" else RESAMPLING
         cache = LatentCache(latent_folder(config), vae_fingerprint, config.data.cache.posterior, background, recipe)
     fetch = Fetch(found.pictures, found.contents, cache, background)
-    return Dataset(found, build_schedule(config, found.plan, group.world_size), fetch, cache, vae_fingerprint)
+    schedule = build_schedule(config, found.plan, group.world_size)
+    return Dataset(found, schedule, fetch, cache, preparer, vae_fingerprint)
 
 
 def latent_folder(config: Config) -> Path:
@@ -200,14 +215,18 @@ def latent_folder(config: Config) -> Path:
     return Path(cache_folder(config)) / "latents"
 
 
+def open_preparer(config: Config, device: torch.device) -> Preparer:
+    """Return what decodes pictures in bulk on this process."""
+    preprocessing = config.data.preprocessing
+    cuda_device = (device.index or 0) if device.type == "cuda" else None
+    return choose_backend(preprocessing.backend, cuda_device, batch_size=PIECE, background=preprocessing.background)
+
+
 def fill_cache(config: Config, dataset: Dataset, encoder: Encoder, group: Group, progress: Progress) -> None:
     """Encode all that the cache lacks, together with every other process that does; none waits for another's word."""
-    if dataset.cache is None:
+    if dataset.cache is None or dataset.preparer is None:
         raise ValueError("there is no cache to fill")
-    folder = latent_folder(config)
-    preprocessing = config.data.preprocessing
-    chosen = choose_preparer(preprocessing.backend, group.device, preprocessing.background, progress.message)
-    with chosen as preparer, Claims(folder / f"claims-{dataset.plan.digest()}") as claims:
+    with closing(dataset.preparer) as preparer, Claims(latent_folder(config) / dataset.claims_name) as claims:
         report = Fill(
             plan=dataset.plan,
             pictures=dataset.found.pictures,
@@ -219,6 +238,8 @@ def fill_cache(config: Config, dataset: Dataset, encoder: Encoder, group: Group,
             start=group.rank / group.world_size,
         ).run(progress)
     progress.message(report.describe())
+    if isinstance(preparer, DaliPreparer):
+        progress.message(preparer.describe())
     quarantined = dataset.found.quarantined()
     name_quarantined(quarantined, progress)
     refuse_too_many_bad(config, quarantined, dataset.found.pictures.found)

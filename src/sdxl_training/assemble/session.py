@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from sdxl_training.assemble.resume import check_fits, load_weights, restore
 from sdxl_training.config.schema import Config
 from sdxl_training.data.captions import CaptionRules, join_tags
 from sdxl_training.data.encoding import Encoder
+from sdxl_training.data.images import RESAMPLING
 from sdxl_training.data.loader import MicroBatches, RawBatch, open_loader, to_batch
 from sdxl_training.data.sampler import slots_of_part
 from sdxl_training.data.store_writer import StoreWriter
@@ -54,6 +55,7 @@ class Session:
     sdxl: SDXL
     dataset: Dataset
     encoder: Encoder
+    writer: StoreWriter | None
     micro_batches: MicroBatches
     run: Run
     meter: Meter = field(default_factory=Meter)
@@ -112,14 +114,15 @@ class Session:
     def fill(self) -> None:
         """Encode every picture, where that is to come first."""
         if self.config.data.cache.mode == "first":
-            fill_cache(self.config, self.dataset, self.encoder, self.group, self.progress)
+            encoder = replace(self.encoder, writer=self.writer)
+            fill_cache(self.config, self.dataset, encoder, self.group, self.progress)
             if self.group.is_main:
                 self.folder.write_quarantine(self.dataset.found.quarantined())
 
     def close(self) -> None:
         """Seal what was written into the cache."""
-        if self.encoder.writer is not None:
-            self.encoder.writer.close()
+        if self.writer is not None:
+            self.writer.close()
 
 
 def open_session(
@@ -148,23 +151,26 @@ def open_session(
     if checkpoint is not None:
         check_fits(checkpoint, config, dataset.fingerprint)
         restore(run, checkpoint, progress)
-    encoder = build_encoder(config, sdxl, dataset, group, progress)
+    writer = open_writer(config, dataset, group, progress)
+    # Pictures that arrive without a latent are prepared on the CPU: where the cache is of other pixels, they stay out.
+    keep = dataset.preparer is None or dataset.preparer.recipe == RESAMPLING
+    encode = partial(encode_latents, sdxl.vae)
+    encoder = Encoder(encode, group.device, ENCODE_BATCH, dataset.cache, writer if keep else None)
     batches = _micro_batches(config, group, sdxl, dataset)
-    return Session(config, folder, group, progress, sdxl, dataset, encoder, batches, run)
+    return Session(config, folder, group, progress, sdxl, dataset, encoder, writer, batches, run)
 
 
-def build_encoder(config: Config, sdxl: SDXL, dataset: Dataset, group: Group, progress: Progress) -> Encoder:
-    """Return what encodes pictures on this rank and writes them into the cache, if there is one."""
+def open_writer(config: Config, dataset: Dataset, group: Group, progress: Progress) -> StoreWriter | None:
+    """Return what writes into the cache on this rank, if there is one."""
 
     def say_full(folder: Path, error: OSError) -> None:
         progress.message(
             f"{folder}: {error.strerror}. The run waits; free some space and it goes on, what was stored is kept."
         )
 
-    writer = None
-    if dataset.cache is not None:
-        writer = StoreWriter(latent_folder(config), config.data.cache.compression, say_full, name=f"rank{group.rank}")
-    return Encoder(partial(encode_latents, sdxl.vae), group.device, ENCODE_BATCH, dataset.cache, writer)
+    if dataset.cache is None:
+        return None
+    return StoreWriter(latent_folder(config), config.data.cache.compression, say_full, name=f"rank{group.rank}")
 
 
 def _warn_of_long_captions(sdxl: SDXL, dataset: Dataset, separator: str, progress: Progress) -> None:

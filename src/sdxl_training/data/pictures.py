@@ -170,6 +170,16 @@ class Pictures(Sequence[ImageRecord]):
         """Return one source's part of a column."""
         return self.sources[source].table[name].chunk(0).take(self.row_P[self.source_P == source])
 
+    def names(self) -> list[NDArray[np.uint8]]:
+        """Return the names of all pictures, and which source each is of, as bytes to be digested."""
+        return [part for number in range(len(self.sources)) for part in _bytes_of(self.taken(number, "name"))]
+
+    def captions(self) -> list[NDArray[np.uint8]]:
+        """Return captions and tags of all pictures as bytes to be digested."""
+        columns = ("captions", "tags")
+        parts = (self.taken(number, name) for number in range(len(self.sources)) for name in columns)
+        return [part for column in parts for part in _bytes_of(column)]
+
     def weights(self) -> NDArray[np.float32]:
         """Return the loss weight of each picture, with mean 1 over an epoch's images."""
         rules = [source.rules for source in self.sources]
@@ -216,6 +226,11 @@ class Pictures(Sequence[ImageRecord]):
             f"data.sources: of {self.found} pictures none is left: {len(bad)} cannot be read, {len(self.left_out)} "
             "have no caption, the others do not pass data.sources[].only. Correct the filters, or give other folders."
         )
+
+
+def _bytes_of(column: pa.Array) -> list[NDArray[np.uint8]]:
+    """Return the buffers of a column that was just taken, which begins at offset 0 and so has only its own values."""
+    return [np.frombuffer(buffer, np.uint8) for buffer in column.buffers() if buffer is not None]
 
 
 def _no_captions(number: int, source: IndexedSource, rows: Integers) -> str:
