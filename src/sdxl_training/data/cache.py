@@ -1,17 +1,20 @@
-"""Latents on disk: encoded once, read by memory map, encoded again only where something changed.
+"""Latents on disk: encoded once, found by what they are made from, encoded again only where something changed.
 
-What is stored is the VAE's posterior (mean and standard deviation, scaled, fp16), not one sample of it, so every visit
-draws afresh. An entry's key is a function of everything that the latent is a function of: the picture's bytes, how its
-pixels are prepared, the VAE and its precision, and the version of this code.
+What is stored is the VAE's posterior (its mean, and its standard deviation where a visit draws from it; scaled, fp16),
+not one sample of it. An entry's key is a function of everything that the latent is a function of: the picture's bytes,
+how its pixels are prepared, the VAE and its precision, and the version of this code.
 
-Shape legend: C latent channels, H x W latent rows and columns; N records, M of their variants.
+Shape legend: C latent channels, H x W latent rows and columns, K moments stored (mean, standard deviation); N records,
+M of their variants; a key or digest is two u64, so many of them are (N, 2).
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
+from array import array
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal
@@ -21,6 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sdxl_training.data.buckets import Integers
 from sdxl_training.data.colour import RGB, WHITE
 from sdxl_training.data.images import RESAMPLING
 from sdxl_training.data.picture_plan import PicturePlan
@@ -33,9 +37,10 @@ LATENT_FACTOR = 8
 LATENT_CHANNELS = 4
 
 Posterior = Literal["sample", "mean"]
+Latent = tuple[Tensor, Tensor]
+"""mean_CHW and std_CHW, scaled"""
 Keys = NDArray[np.uint64]
 """128 bits each: (..., 2)."""
-
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +61,10 @@ def _digest(text: str) -> bytes:
     return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
 
+def _number(text: str) -> int:
+    return int.from_bytes(_digest(text)[:4], "little")
+
+
 def _words(digest: bytes) -> Keys:
     return np.frombuffer(digest, dtype="<u8")
 
@@ -65,7 +74,8 @@ class LatentCache:
 
     vae_fingerprint, background, recipe: what decides a latent beside the picture and its crop: the VAE and its
     precision, the colour behind transparent pixels, how pixels are made. posterior: `mean` returns means only (their
-    deviation reads as zero); `sample` does not count latents stored without deviation.
+    deviation reads as zero); `sample` does not count latents stored without deviation. May be read by several threads;
+    `refresh` is for one thread, while the others do not read.
     """
 
     def __init__(
@@ -78,10 +88,12 @@ class LatentCache:
     ) -> None:
         self.store = Store(folder)
         self.posterior: Posterior = posterior
-        self._settings = {
-            kind: _digest(f"{CODE_VERSION} {vae_fingerprint} {background} {recipe} {kind}")
-            for kind in ("sample", "mean")
+        preparation = f"{CODE_VERSION} {background} {recipe}"
+        self._settings: dict[Posterior, bytes] = {
+            "sample": _digest(f"{vae_fingerprint} {preparation} sample"),
+            "mean": _digest(f"{vae_fingerprint} {preparation} mean"),
         }
+        self.made_by = MadeBy(_number(vae_fingerprint), _number(preparation))
 
     @property
     def settings(self) -> bytes:
@@ -92,40 +104,48 @@ class LatentCache:
         """Return the key, shape (2,), of a picture with this content digest, prepared like this."""
         return _words(content) ^ _words(plan_digest(plan)) ^ _words(self.settings)
 
-    def missing(self, contents_N: Keys, known_N: NDArray[np.bool_], plan: PicturePlan) -> NDArray[np.bool_]:
-        """Return which records lack the latent of at least one variant. contents_N: shape (N, 2)."""
+    def missing(self, contents_N: Keys, known_N: NDArray[np.bool_], plan: PicturePlan) -> Integers:
+        """Return how many latents each of the plan's N records lacks: all of them where its content is not known.
+
+        contents_N: shape (N, 2).
+        """
         record_M, digests_M = plan_digests(plan)
+        keys_M = contents_N[record_M] ^ digests_M
         there_M = np.zeros(len(record_M), dtype=bool)
         for settings in self._readable():
-            there_M |= self.store.find(contents_N[record_M] ^ digests_M ^ _words(settings)) >= 0
-        missing_N: NDArray[np.bool_] = ~known_N
-        missing_N[record_M[~there_M]] = True
-        return missing_N
+            there_M |= self.store.find(keys_M ^ _words(settings)) >= 0
+        there_M &= known_N[record_M]
+        return np.bincount(record_M[~there_M], minlength=len(known_N))
 
-    def read(self, content: bytes, plan: CropPlan) -> tuple[Tensor, Tensor] | None:
+    def read(self, content: bytes, plan: CropPlan) -> Latent | None:
         """Return mean_CHW and std_CHW, fp32, scaled; None where the cache has none that can be used."""
         for row in self.store.find(self._readable_keys(content, plan)):
             if row < 0:
                 continue
             try:
-                moments = self.store.read(int(row)).to(torch.float32)
+                moments_KCHW = self.store.read(int(row))
             except DamagedEntry as damage:
                 log.warning("%s; its picture is encoded again", damage)
                 continue
-            return moments[0], torch.zeros_like(moments[0]) if self.posterior == "mean" else moments[1]
+            return self.served(moments_KCHW)
         return None
 
     def has(self, content: bytes, plan: CropPlan) -> bool:
-        """Return whether `read` would find something."""
+        """Return whether there is an entry that `read` would try."""
         return bool((self.store.find(self._readable_keys(content, plan)) >= 0).any())
 
     def moments(self, mean_CHW: Tensor, std_CHW: Tensor) -> Tensor:
-        """Return what is stored of a latent."""
+        """Return what is stored of a latent, fp16 (K, C, H, W)."""
         return torch.stack([mean_CHW, std_CHW] if self.posterior == "sample" else [mean_CHW])
+
+    def served(self, moments_KCHW: Tensor) -> Latent:
+        """Return what reading gives for these stored moments: fp32, on their device."""
+        mean_CHW, *std = moments_KCHW.to(torch.float32)
+        return mean_CHW, torch.zeros_like(mean_CHW) if self.posterior == "mean" else std[0]
 
     def origin(self, sample_id: int, content: bytes, plan: CropPlan) -> NDArray[np.void]:
         """Return what an entry is made from, in a few numbers."""
-        row = (sample_id, tuple(_words(content)), _words(plan_digest(plan))[0], _words(self.settings)[0])
+        row = (sample_id, tuple(_words(content)), _words(plan_digest(plan))[0], self.made_by.as_origin())
         return np.array(row, dtype=ORIGIN)
 
     def refresh(self) -> bool:
@@ -143,15 +163,26 @@ class LatentCache:
         return (self._settings["sample"],)
 
 
+@dataclass(frozen=True, slots=True)
+class MadeBy:
+    """The VAE, and the preparation of pixels that all pictures share, each as 32 bits of a digest."""
+
+    vae: int
+    preparation: int
+
+    def as_origin(self) -> int:
+        """Return both in one number, as an entry's origin keeps them."""
+        return self.vae << 32 | self.preparation
+
+
 class Reasons:
     """Why latents have to be made, from what the cache knew of the same samples when this was built."""
 
     def __init__(self, cache: LatentCache) -> None:
         origins_N = cache.store.origins()[1]
-        order_N = np.argsort(origins_N["sample_id"], kind="stable")
-        self._origins_N = origins_N[order_N]
-        self._sample_ids_N = self._origins_N["sample_id"]
-        self._settings = _words(cache.settings)[0]
+        self._origins_N = origins_N[np.argsort(origins_N["sample_id"], kind="stable")]
+        self._sample_ids_N = np.ascontiguousarray(self._origins_N["sample_id"])
+        self._made_by = cache.made_by
 
     def of(self, sample_id: int, content: bytes, plan: CropPlan) -> str:
         """Return the reason in a few words."""
@@ -160,33 +191,46 @@ class Reasons:
         known_K = self._origins_N[first:end]
         if not len(known_K):
             return "new"
-        same_K = (known_K["content"] == _words(content)).all(axis=1)
-        if not same_K.any():
+        known_K = known_K[(known_K["content"] == _words(content)).all(axis=1)]
+        if not len(known_K):
             return "picture changed"
-        same_K &= known_K["plan"] == _words(plan_digest(plan))[0]
-        if not same_K.any():
+        known_K = known_K[known_K["plan"] == _words(plan_digest(plan))[0]]
+        if not len(known_K):
             return "size or crop changed"
-        if (same_K & (known_K["settings"] == self._settings)).any():
-            return "stored copy unusable"
-        return "VAE changed"
+        known_K = known_K[known_K["settings"] >> np.uint64(32) == self._made_by.vae]
+        if not len(known_K):
+            return "VAE changed"
+        if not (known_K["settings"] == self._made_by.as_origin()).any():
+            return "preparation changed"
+        return "stored copy unusable"
 
 
-def plan_digests(plan: PicturePlan) -> tuple[NDArray[np.int64], Keys]:
+def plan_digests(plan: PicturePlan) -> tuple[Integers, Keys]:
     """Return the record of each of M variants and their plan digests, shape (M, 2).
 
     Where nothing but its size decides a picture's crop, a million pictures have few different ones.
     """
-    if plan.cut.position == "centre":
-        sizes_N3 = np.stack(
-            [plan.columns.heights_P[plan.picture_N], plan.columns.widths_P[plan.picture_N], plan.bucket_N], axis=1
-        )
-        _, first_U, which_N = np.unique(sizes_N3, axis=0, return_index=True, return_inverse=True)
-        digests_UV = [[_words(plan_digest(one)) for one in plan.variants[int(first)]] for first in first_U]
-        digests_NV = np.array(digests_UV)[which_N.reshape(-1)]
-        record_M = np.repeat(np.arange(len(digests_NV)), digests_NV.shape[1])
-        return record_M, digests_NV.reshape(-1, 2)
-    pairs = [(number, plan_digest(one)) for number, variants in enumerate(plan.variants) for one in variants]
-    return np.array([number for number, _ in pairs]), np.stack([_words(digest) for _, digest in pairs])
+    return _digests_by_size(plan) if plan.cut.position == "centre" else _digests_one_by_one(plan)
+
+
+def _digests_by_size(plan: PicturePlan) -> tuple[Integers, Keys]:
+    heights_N, widths_N = plan.columns.heights_P[plan.picture_N], plan.columns.widths_P[plan.picture_N]
+    # One number a size and bucket: rows of three take ten times as long to sort.
+    sizes_N = (heights_N * (widths_N.max(initial=0) + 1) + widths_N) * len(plan.buckets) + plan.bucket_N
+    _, first_U, which_N = np.unique(sizes_N, return_index=True, return_inverse=True)
+    digests_U = [[_words(plan_digest(one)) for one in plan.variants[first]] for first in first_U.tolist()]
+    digests_NV2 = np.array(digests_U, dtype=np.uint64).reshape(len(first_U), -1, 2)[which_N]
+    record_M = np.repeat(np.arange(len(digests_NV2)), digests_NV2.shape[1])
+    return record_M, digests_NV2.reshape(-1, 2)
+
+
+def _digests_one_by_one(plan: PicturePlan) -> tuple[Integers, Keys]:
+    records, digests = array("q"), bytearray()
+    for number, variants in enumerate(plan.variants):
+        for one in variants:
+            records.append(number)
+            digests += plan_digest(one)
+    return np.frombuffer(records, dtype=np.int64), _words(bytes(digests)).reshape(-1, 2)
 
 
 def projected_bytes(plan: PicturePlan, posterior: Posterior) -> int:

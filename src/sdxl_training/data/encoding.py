@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sdxl_training.data.cache import LatentCache
+from sdxl_training.data.cache import Latent, LatentCache
 from sdxl_training.data.fetching import Unencoded
 from sdxl_training.data.images import to_model_range
 from sdxl_training.data.store_writer import StoreWriter
@@ -20,14 +20,13 @@ from sdxl_training.records import Quarantined
 
 Encode = Callable[[Tensor], tuple[Tensor, Tensor]]
 """pixels_BCHW in [-1, 1], fp32 -> scaled mean_BCHW and std_BCHW, fp32, on any device"""
-Latent = tuple[Tensor, Tensor]
 
 NOT_FINITE = "its latent is not finite in 16 bit; try another VAE or VAE precision"
 
 
 @dataclass
 class Encoder:
-    """Encodes pictures and, with a cache, writes what it made.
+    """Encodes pictures and, with a cache and a writer, stores what it made: each batch before the next is encoded.
 
     batch_size: most pictures that go through the VAE at once. What is handed out is what the cache would give back, so
     a visit before the latent is stored and one after it see the same.
@@ -43,38 +42,39 @@ class Encoder:
     def __call__(self, pictures: Sequence[Unencoded]) -> list[Latent | None]:
         """Return mean_CHW and std_CHW of pictures of one bucket, fp32, on the device; None: it has no finite latent."""
         batches = (pictures[first : first + self.batch_size] for first in range(0, len(pictures), self.batch_size))
-        latents = [latent for batch in batches for latent in self._encode(batch)]
-        self.bad += [
-            Quarantined(picture.path, NOT_FINITE)
-            for picture, latent in zip(pictures, latents, strict=True)
-            if latent is None
-        ]
-        self._keep(pictures, latents)
-        return [None if latent is None else (self._widen(latent[0]), self._widen(latent[1])) for latent in latents]
+        return [latent for batch in batches for latent in self._encode(batch)]
 
     def take_bad(self) -> list[Quarantined]:
         """Return the pictures found to be of no use since the last time."""
         bad, self.bad = self.bad, []
         return bad
 
-    def _widen(self, moment_CHW: Tensor) -> Tensor:
-        return moment_CHW.to(self.device, torch.float32, non_blocking=True)
-
     def _encode(self, pictures: Sequence[Unencoded]) -> list[Latent | None]:
         pixels_BHWC = torch.stack([picture.pixels_HWC for picture in pictures])
         # A quarter of the bytes travels: whole numbers become floating-point on the device.
-        return encode_finite(self.encode, to_model_range(pixels_BHWC.to(self.device)))
-
-    def _keep(self, pictures: Sequence[Unencoded], latents: Sequence[Latent | None]) -> None:
-        if self.cache is None or self.writer is None:
-            return
+        latents = encode_finite(self.encode, to_model_range(pixels_BHWC.to(self.device)))
         entries = [(one, latent) for one, latent in zip(pictures, latents, strict=True) if latent is not None]
-        if entries:
-            self.writer.append(
-                np.stack([self.cache.key(one.content, one.plan) for one, _ in entries]),
-                np.stack([self.cache.origin(one.sample_id, one.content, one.plan) for one, _ in entries]),
-                [self.cache.moments(*latent) for _, latent in entries],
-            )
+        self._keep(entries)
+        self.bad += [
+            Quarantined(one.path, NOT_FINITE) for one, latent in zip(pictures, latents, strict=True) if latent is None
+        ]
+        return [None if latent is None else self._served(latent) for latent in latents]
+
+    def _served(self, latent: Latent) -> Latent:
+        mean_CHW, std_CHW = latent if self.cache is None else self.cache.served(self.cache.moments(*latent))
+        return self._widen(mean_CHW), self._widen(std_CHW)
+
+    def _widen(self, moment_CHW: Tensor) -> Tensor:
+        return moment_CHW.to(self.device, torch.float32, non_blocking=True)
+
+    def _keep(self, entries: Sequence[tuple[Unencoded, Latent]]) -> None:
+        if self.cache is None or self.writer is None or not entries:
+            return
+        self.writer.append(
+            np.stack([self.cache.key(one.content, one.plan) for one, _ in entries]),
+            np.stack([self.cache.origin(one.sample_id, one.content, one.plan) for one, _ in entries]),
+            [self.cache.moments(*latent) for _, latent in entries],
+        )
 
 
 def encode_finite(encode: Encode, pixels_BCHW: Tensor) -> list[Latent | None]:

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from sdxl_training.data.cache import LatentCache
 from sdxl_training.data.colour import RGB, WHITE
-from sdxl_training.data.images import UnreadablePicture, decode_pixels, digest_content, resize_and_crop
+from sdxl_training.data.images import UnreadablePicture, digest_content
+from sdxl_training.data.preparing import Job, prepare
 from sdxl_training.records import CropPlan, ImageRecord
 
 
@@ -39,22 +40,30 @@ class Unencoded:
 
 
 class Contents(Protocol):
-    """What is known of the pictures' bytes, by picture number; shared with the other processes through files."""
+    """What is known of the pictures' bytes, by picture number; shared with the other processes through files.
+
+    Used by one thread of a process. What is learnt belongs to the file as it was listed: of a file that has changed
+    since, the next listing knows nothing.
+    """
 
     def known(self, picture: int) -> bytes | None:
         """Return the digest of the picture's bytes, if somebody has read them."""
 
     def learn(self, picture: int, content: bytes) -> None:
-        """Remember the digest."""
+        """Remember the digest, in place of another one."""
 
     def failure(self, picture: int) -> str | None:
         """Return why the picture cannot be decoded or encoded, if somebody has tried."""
 
     def fail(self, picture: int, reason: str) -> None:
-        """Remember that the picture cannot be decoded or encoded."""
+        """Remember that the picture cannot be decoded or encoded.
+
+        Where nobody could read its bytes, so that its digest is not known, only until the next start: that may have
+        been the network's fault.
+        """
 
     def columns(self) -> tuple[NDArray[np.uint64], NDArray[np.bool_], NDArray[np.bool_]]:
-        """Return digests (P, 2), which of them are known, and which pictures failed."""
+        """Return digests (P, 2), which of them are known, and which pictures failed; as they are kept, not copied."""
 
     def refresh(self) -> bool:
         """Read what other processes have learnt since; return whether there was anything."""
@@ -64,7 +73,7 @@ class Reader(Protocol):
     """Where the pictures' bytes are."""
 
     def read(self, number: int) -> bytes:
-        """Return the bytes of a picture; raises UnreadablePicture."""
+        """Return the bytes of a picture; raises UnreadablePicture. Used by several threads."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,45 +87,43 @@ class Fetch:
 
     def __call__(self, record: ImageRecord, plan: CropPlan) -> Stored | Unencoded:
         """Return the record's latent, or its pixels where nobody has encoded them yet. Raises UnreadablePicture."""
-        stored = self._stored(record.picture, plan)
-        if stored is not None:
-            return stored
+        found = self._find(record.picture, plan)
+        if found is None and self._learn_news(record.picture):
+            found = self._find(record.picture, plan)
+        if found is not None:
+            return found
         if reason := self.contents.failure(record.picture):
             raise UnreadablePicture(record.path, reason)
         try:
-            return self._prepared(record, plan)
+            return self._open(record, plan)
         except UnreadablePicture as error:
             self.contents.fail(record.picture, error.reason)
             raise
 
-    def _prepared(self, record: ImageRecord, plan: CropPlan) -> Stored | Unencoded:
+    def _find(self, picture: int, plan: CropPlan) -> Stored | None:
+        content = self.contents.known(picture)
+        return None if content is None else self._stored(content, plan)
+
+    def _stored(self, content: bytes, plan: CropPlan) -> Stored | None:
+        latent = None if self.cache is None else self.cache.read(content, plan)
+        return None if latent is None else Stored(*latent)
+
+    def _learn_news(self, picture: int) -> bool:
+        """Return whether other processes have learnt anything since that may concern the picture."""
+        news = self.contents.refresh()
+        # A latent that somebody has made is of a picture that somebody has read: else the cache need not be asked.
+        if self.cache is not None and self.contents.known(picture) is not None:
+            news |= self.cache.refresh()
+        return news
+
+    def _open(self, record: ImageRecord, plan: CropPlan) -> Stored | Unencoded:
         data = self.pictures.read(record.picture)
         content = digest_content(data)
         if content != self.contents.known(record.picture):
             self.contents.learn(record.picture, content)
-            if self.cache is not None and (found := self.cache.read(content, plan)) is not None:
-                return Stored(*found)
-        pixels_HWC = prepare(data, record.path, plan, self.background)
-        return Unencoded(pixels_HWC, record.path, record.picture, record.sample_id, content, plan)
-
-    def _stored(self, picture: int, plan: CropPlan) -> Stored | None:
-        if self.cache is None:
-            return None
-        for last_try in (False, True):
-            content = self.contents.known(picture)
-            found = None if content is None else self.cache.read(content, plan)
-            if found is not None:
-                return Stored(*found)
-            # Another process may have encoded it since.
-            if last_try or not (self.contents.refresh() | self.cache.refresh()):
-                break
-        return None
-
-
-def prepare(data: bytes, path: str, plan: CropPlan, background: RGB) -> Tensor:
-    """Return the picture as planned, uint8 (H, W, C). Raises UnreadablePicture, also where it is not as it was."""
-    pixels_HWC = decode_pixels(data, path, background)
-    if tuple(pixels_HWC.shape[:2]) != plan.original_hw:
-        height, width = plan.original_hw
-        raise UnreadablePicture(path, f"it is no longer {height}x{width} as when it was indexed; start again")
-    return resize_and_crop(pixels_HWC, plan)
+            if (found := self._stored(content, plan)) is not None:
+                return found
+        prepared = prepare(Job(data, record.path, (plan,)), self.background)
+        if isinstance(prepared, UnreadablePicture):
+            raise prepared
+        return Unencoded(prepared[0], record.path, record.picture, record.sample_id, content, plan)

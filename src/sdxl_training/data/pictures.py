@@ -170,15 +170,14 @@ class Pictures(Sequence[ImageRecord]):
         """Return one source's part of a column."""
         return self.sources[source].table[name].chunk(0).take(self.row_P[self.source_P == source])
 
-    def names(self) -> list[NDArray[np.uint8]]:
-        """Return the names of all pictures, and which source each is of, as bytes to be digested."""
-        return [part for number in range(len(self.sources)) for part in _bytes_of(self.taken(number, "name"))]
+    def names(self) -> list[NDArray[np.generic]]:
+        """Return the names of all pictures as columns to be digested: of each source lengths and bytes."""
+        return [part for number in range(len(self.sources)) for part in _columns_of(self.taken(number, "name"))]
 
-    def captions(self) -> list[NDArray[np.uint8]]:
-        """Return captions and tags of all pictures as bytes to be digested."""
-        columns = ("captions", "tags")
-        parts = (self.taken(number, name) for number in range(len(self.sources)) for name in columns)
-        return [part for column in parts for part in _bytes_of(column)]
+    def captions(self) -> list[NDArray[np.generic]]:
+        """Return captions and tags of all pictures as columns to be digested."""
+        columns = (self.taken(number, name) for number in range(len(self.sources)) for name in ("captions", "tags"))
+        return [part for lists in columns for part in _columns_of_lists(lists)]
 
     def weights(self) -> NDArray[np.float32]:
         """Return the loss weight of each picture, with mean 1 over an epoch's images."""
@@ -228,9 +227,19 @@ class Pictures(Sequence[ImageRecord]):
         )
 
 
-def _bytes_of(column: pa.Array) -> list[NDArray[np.uint8]]:
-    """Return the buffers of a column that was just taken, which begins at offset 0 and so has only its own values."""
-    return [np.frombuffer(buffer, np.uint8) for buffer in column.buffers() if buffer is not None]
+def _columns_of(texts: pa.Array) -> list[NDArray[np.generic]]:
+    """Return lengths and joined bytes of texts without nulls."""
+    wide = texts.cast(pa.large_binary())
+    offsets = np.frombuffer(wide.buffers()[1], np.int64)[wide.offset : wide.offset + len(wide) + 1]
+    data = wide.buffers()[2]
+    joined = np.frombuffer(data, np.uint8)[offsets[0] : offsets[-1]] if data else np.empty(0, np.uint8)
+    return [np.diff(offsets), joined]
+
+
+def _columns_of_lists(lists: pa.Array) -> list[NDArray[np.generic]]:
+    """Return how many texts each list has, -1 where there is none, and the texts of all."""
+    counts = pc.list_value_length(lists).fill_null(-1).to_numpy(zero_copy_only=False)
+    return [counts, *_columns_of(pc.list_flatten(lists))]
 
 
 def _no_captions(number: int, source: IndexedSource, rows: Integers) -> str:
