@@ -64,6 +64,17 @@ def plan(config: ConfigFile, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def cache(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    verify: Annotated[bool, typer.Option("--verify", help="Read every latent first and name those damaged.")] = False,
+) -> None:
+    """Encode every picture into the latent cache without training; several processes share the work."""
+    loaded = load_config(config, overrides or ())
+    _assemble().cache(loaded, verify=verify)
+
+
+@app.command()
 def sample(
     run: RunFolder,
     out: Annotated[Path, typer.Option("--out", help="Picture file to write (PNG).")],

@@ -1,7 +1,8 @@
 """The composition root: the only place that sees the whole configuration and every layer below it."""
 
+from sdxl_training.assemble.caching import cache
 from sdxl_training.assemble.drawing import draw_prompts, export, sample
 from sdxl_training.assemble.planning import plan, write_demo_data
 from sdxl_training.assemble.training import train
 
-__all__ = ["draw_prompts", "export", "plan", "sample", "train", "write_demo_data"]
+__all__ = ["cache", "draw_prompts", "export", "plan", "sample", "train", "write_demo_data"]

@@ -30,7 +30,7 @@ from sdxl_training.data.sampler import slots_of_part
 from sdxl_training.data.store_writer import StoreWriter
 from sdxl_training.memory.checkpointing import recompute_activations
 from sdxl_training.memory.precision import autocast
-from sdxl_training.model.latents import encode_latents, vae_fingerprint
+from sdxl_training.model.latents import encode_latents, set_up_vae, vae_fingerprint
 from sdxl_training.model.load import load_sdxl
 from sdxl_training.model.sdxl import SDXL
 from sdxl_training.model.text import caption_tokenizer, encode_text
@@ -131,6 +131,7 @@ def open_session(
     """Load the model, find the data and build the update; with a checkpoint, as it was when that was saved."""
     training = config.training
     sdxl = load_sdxl(config.model.source, config.global_config.seed, group.device)
+    set_up_vae(sdxl.vae, config.model.vae_precision, config.model.vae_tiling)
     if checkpoint is not None:
         load_weights(sdxl, checkpoint)
     if training.memory.gradient_checkpointing:

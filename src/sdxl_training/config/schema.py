@@ -135,6 +135,13 @@ class Model(Section):
     adapter: NoAdapter = Field(
         default=NoAdapter(), description="Small extra weights trained in place of the model's own."
     )
+    vae_precision: Literal["fp32", "bf16"] = Field(
+        default="fp32", description="Precision of the VAE; fp16 overflows. Another one encodes pictures anew."
+    )
+    vae_tiling: bool = Field(
+        default=False,
+        description="Whether large pictures pass through the VAE in tiles: less memory, a little less exact.",
+    )
 
 
 # --- training --------------------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from sdxl_training.data.buckets import Integers
 from sdxl_training.data.colour import RGB, WHITE
+from sdxl_training.data.crops import covering_sizes
 from sdxl_training.data.images import RESAMPLING
 from sdxl_training.data.picture_plan import PicturePlan
 from sdxl_training.data.store import DamagedEntry, Store
@@ -35,6 +36,7 @@ from sdxl_training.records import CropPlan
 CODE_VERSION = 3  # of how pixels are prepared and latents stored: part of every key
 LATENT_FACTOR = 8
 LATENT_CHANNELS = 4
+SIDE_BITS = 21  # of pictures two million pixels high or wide
 
 Posterior = Literal["sample", "mean"]
 Latent = tuple[Tensor, Tensor]
@@ -47,14 +49,27 @@ log = logging.getLogger(__name__)
 
 @lru_cache(maxsize=2**16)
 def plan_digest(plan: CropPlan) -> bytes:
-    """Return 16 bytes that are equal exactly where the prepared pixels are."""
-    return _digest(describe_plan(plan))
+    """Return 16 bytes that are equal exactly where pictures of equal content are prepared alike."""
+    places = (*plan.crop_tl, plan.flipped, *plan.resized_hw, *plan.bucket.size_hw)
+    return _pack(*(np.array([number]) for number in places)).tobytes()
 
 
-def describe_plan(plan: CropPlan) -> str:
-    """Return the preparation of the pixels as text, equal exactly where the prepared pixels are."""
-    (height, width), (top, left) = plan.resized_hw, plan.crop_tl
-    return f"{height}x{width}+{top}+{left}>{plan.bucket}" + (" mirrored" if plan.flipped else "")
+def _pack(
+    top_M: Integers,
+    left_M: Integers,
+    flipped_M: Integers,
+    resized_h_M: Integers,
+    resized_w_M: Integers,
+    bucket_h_M: Integers,
+    bucket_w_M: Integers,
+) -> Keys:
+    """Return plans as digests, (M, 2): the seven numbers side by side, each side with SIDE_BITS bits.
+
+    Not hashed, since a million have to be made at every start; in a key they are mixed with hashes.
+    """
+    first_M = ((top_M << SIDE_BITS | left_M) << 1 | flipped_M) << SIDE_BITS | resized_h_M
+    second_M = (resized_w_M << SIDE_BITS | bucket_h_M) << SIDE_BITS | bucket_w_M
+    return np.stack([first_M, second_M], axis=1).astype(np.uint64)
 
 
 def _digest(text: str) -> bytes:
@@ -63,6 +78,10 @@ def _digest(text: str) -> bytes:
 
 def _number(text: str) -> int:
     return int.from_bytes(_digest(text)[:4], "little")
+
+
+def _plan_number(plan: CropPlan) -> int:
+    return int.from_bytes(hashlib.blake2b(plan_digest(plan), digest_size=8).digest(), "little")
 
 
 def _words(digest: bytes) -> Keys:
@@ -145,7 +164,7 @@ class LatentCache:
 
     def origin(self, sample_id: int, content: bytes, plan: CropPlan) -> NDArray[np.void]:
         """Return what an entry is made from, in a few numbers."""
-        row = (sample_id, tuple(_words(content)), _words(plan_digest(plan))[0], self.made_by.as_origin())
+        row = (sample_id, tuple(_words(content)), _plan_number(plan), self.made_by.as_origin())
         return np.array(row, dtype=ORIGIN)
 
     def refresh(self) -> bool:
@@ -194,7 +213,7 @@ class Reasons:
         known_K = known_K[(known_K["content"] == _words(content)).all(axis=1)]
         if not len(known_K):
             return "picture changed"
-        known_K = known_K[known_K["plan"] == _words(plan_digest(plan))[0]]
+        known_K = known_K[known_K["plan"] == _plan_number(plan)]
         if not len(known_K):
             return "size or crop changed"
         known_K = known_K[known_K["settings"] >> np.uint64(32) == self._made_by.vae]
@@ -208,20 +227,22 @@ class Reasons:
 def plan_digests(plan: PicturePlan) -> tuple[Integers, Keys]:
     """Return the record of each of M variants and their plan digests, shape (M, 2).
 
-    Where nothing but its size decides a picture's crop, a million pictures have few different ones.
+    A million centre crops take a fraction of a second; crops that each picture decides for itself take some ten.
     """
-    return _digests_by_size(plan) if plan.cut.position == "centre" else _digests_one_by_one(plan)
+    return _digests_of_centres(plan) if plan.cut.position == "centre" else _digests_one_by_one(plan)
 
 
-def _digests_by_size(plan: PicturePlan) -> tuple[Integers, Keys]:
-    heights_N, widths_N = plan.columns.heights_P[plan.picture_N], plan.columns.widths_P[plan.picture_N]
-    # One number a size and bucket: rows of three take ten times as long to sort.
-    sizes_N = (heights_N * (widths_N.max(initial=0) + 1) + widths_N) * len(plan.buckets) + plan.bucket_N
-    _, first_U, which_N = np.unique(sizes_N, return_index=True, return_inverse=True)
-    digests_U = [[_words(plan_digest(one)) for one in plan.variants[first]] for first in first_U.tolist()]
-    digests_NV2 = np.array(digests_U, dtype=np.uint64).reshape(len(first_U), -1, 2)[which_N]
-    record_M = np.repeat(np.arange(len(digests_NV2)), digests_NV2.shape[1])
-    return record_M, digests_NV2.reshape(-1, 2)
+def _digests_of_centres(plan: PicturePlan) -> tuple[Integers, Keys]:
+    record_M = np.repeat(np.arange(len(plan.picture_N)), 2 if plan.cut.flip else 1)
+    flipped_M = np.arange(len(record_M)) % 2 if plan.cut.flip else np.zeros_like(record_M)
+    picture_M, bucket_M = plan.picture_N[record_M], plan.bucket_N[record_M]
+    target_h_M, target_w_M = np.array([bucket.size_hw for bucket in plan.buckets], dtype=np.int64)[bucket_M].T
+    columns = plan.columns
+    height_M, width_M = covering_sizes(
+        columns.heights_P[picture_M], columns.widths_P[picture_M], target_h_M, target_w_M
+    )
+    top_M, left_M = (height_M - target_h_M) // 2, (width_M - target_w_M) // 2
+    return record_M, _pack(top_M, left_M, flipped_M, height_M, width_M, target_h_M, target_w_M)
 
 
 def _digests_one_by_one(plan: PicturePlan) -> tuple[Integers, Keys]:

@@ -6,6 +6,7 @@ died had not finished is free again and taken over; what it had written counts.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sdxl_training.data.buckets import Integers
 from sdxl_training.data.cache import LatentCache, Reasons
@@ -24,11 +26,13 @@ from sdxl_training.data.encoding import NOT_FINITE, Encoder
 from sdxl_training.data.fetching import Contents, Reader, Unencoded
 from sdxl_training.data.images import UnreadablePicture, digest_content
 from sdxl_training.data.picture_plan import PicturePlan
-from sdxl_training.data.preparing import Job, Preparer
+from sdxl_training.data.preparing import Job, Prepared, Preparer
 from sdxl_training.records import CropPlan, ImageRecord
 
 PIECE = 64  # latents
 WAIT_SECONDS = 0.5
+
+log = logging.getLogger(__name__)
 
 Made = tuple[bytes, CropPlan]
 """What a latent is made from, as far as it differs between pictures: content digest and plan."""
@@ -103,29 +107,30 @@ class Fill:
         """
         latents = self.plan.latents()
         pieces = self._pieces(latents)
-        todo = self._unfinished(pieces)
-        missing = self._count_missing()
+        everything = range(len(pieces))
+        todo, missing = self._look(pieces, everything)
         if not todo:
             return FillReport(latents - missing)
         why, encoded = Reasons(self.cache), Counter[str]()
         begin = round(self.start * len(todo))
-        order = [*list(todo)[begin:], *list(todo)[:begin]]
+        order = [*todo][begin:] + [*todo][:begin]
         with (
             self.claims,
             ThreadPoolExecutor(1) as ahead,
             progress.track("encoding pictures", sum(todo.values())) as advance,
         ):
             while order:
-                for piece in self._encode_free(pieces, order, why, encoded, ahead):
+                for piece in self._encode_free([(piece, pieces[piece]) for piece in order], why, encoded, ahead):
                     advance(todo.pop(piece, 0))
                 # What is left is in other hands, or was until a moment ago.
-                left = self._unfinished(pieces, order)
+                left, _ = self._look(pieces, order)
                 advance(sum(todo.pop(piece, 0) for piece in order if piece not in left))
                 order = list(left)
                 if order:
+                    log.info("%d pieces of the work are in the hands of other processes: waiting for them", len(order))
                     self.wait()
-        shared = missing - self._count_missing() - encoded.total()
-        return FillReport(latents - missing, encoded, max(shared, 0))
+        made = missing - self._look(pieces, everything)[1]
+        return FillReport(latents - missing, encoded, max(made - encoded.total(), 0))
 
     def _pieces(self, latents: int) -> list[Integers]:
         """Return the record numbers of each piece: a bucket's in order, so that equal settings give equal pieces."""
@@ -133,20 +138,111 @@ class Fill:
         buckets = self.plan.by_bucket.values()
         return [members[first : first + size] for members in buckets for first in range(0, len(members), size)]
 
-    def _unfinished(self, pieces: Sequence[Integers], among: Sequence[int] | None = None) -> dict[int, int]:
-        """Return which pieces are not finished, as far as anybody knows, and how many pictures of each are not."""
+    def _look(self, pieces: Sequence[Integers], among: Sequence[int]) -> tuple[dict[int, int], int]:
+        """Return how many pictures of each piece have to be encoded, where any, and how many latents are missing.
+
+        Those of pictures that cannot be encoded are missing for good.
+        """
+        self._learn_news()
+        numbers_K = np.concatenate([pieces[piece] for piece in among])
+        missing_K, failed_K = self._missing(numbers_K)
+        starts = np.cumsum([0, *(len(pieces[piece]) for piece in among[:-1])])
+        counts = np.add.reduceat((missing_K > 0) & ~failed_K, starts, dtype=np.int64).tolist()
+        return {piece: count for piece, count in zip(among, counts, strict=True) if count}, int(missing_K.sum())
+
+    def _learn_news(self) -> None:
         self.contents.refresh()
         self.cache.refresh()
-        among = range(len(pieces)) if among is None else among
-        lacking = self._lacking(np.concatenate([pieces[piece] for piece in among]))
-        ends = np.cumsum([len(pieces[piece]) for piece in among])
-        counts = np.add.reduceat(lacking, np.append(0, ends[:-1]), dtype=np.int64)
-        return {piece: int(count) for piece, count in zip(among, counts, strict=True) if count}
 
-    def _lacking(self, numbers: Integers) -> np.ndarray:
-        """Return which of these records have to be encoded."""
-        plan = self.plan.subset(numbers)
+    def _missing(self, numbers_K: Integers) -> tuple[Integers, NDArray[np.bool_]]:
+        """Return how many latents each of K records lacks, and whether its picture cannot be encoded."""
+        plan = self.plan.subset(numbers_K)
         contents_P, known_P, failed_P = self.contents.columns()
-        pictures_N = plan.picture_N
-        missing_N = self.cache.missing(contents_P[pictures_N], known_P[pictures_N], plan)
-        return (missing_N > 0) & ~failed_P[pictures_N]
+        pictures_K = plan.picture_N
+        return self.cache.missing(contents_P[pictures_K], known_P[pictures_K], plan), failed_P[pictures_K]
+
+    def _encode_free(
+        self, pieces: Sequence[tuple[int, Integers]], why: Reasons, encoded: Counter[str], ahead: ThreadPoolExecutor
+    ) -> Iterator[int]:
+        """Encode the pieces that nobody else has, and yield the number of each when it is done.
+
+        The next one is opened in the thread `ahead` meanwhile, but not before the one before it is forgotten.
+        """
+        free = ((piece, numbers) for piece, numbers in pieces if self.claims.take(piece))
+        opening = self._open_next(free, frozenset(), ahead)
+        while opening is not None:
+            piece, future = opening
+            opened = future.result()
+            in_hand = {(one.content, one.plan) for each in opened for one in each.pixels}
+            opening = self._open_next(free, in_hand, ahead)
+            self._encode(opened, why, encoded)
+            self.claims.give_back(piece)
+            yield piece
+
+    def _open_next(
+        self, free: Iterator[tuple[int, Integers]], in_hand: AbstractSet[Made], ahead: ThreadPoolExecutor
+    ) -> tuple[int, Future[list[Opened]]] | None:
+        """Begin to open the next free piece; None where there is none. in_hand: what is about to be encoded."""
+        for piece, numbers_K in free:
+            # Another process may have worked on the piece before it died, or before it was free again.
+            self._learn_news()
+            missing_K, failed_K = self._missing(numbers_K)
+            wanted = numbers_K[(missing_K > 0) & ~failed_K]
+            return piece, ahead.submit(self._open, wanted.tolist(), in_hand)
+        return None
+
+    def _open(self, numbers: Sequence[int], in_hand: AbstractSet[Made]) -> list[Opened]:
+        """Read and decode what of these records nobody has encoded or has in hand; equal pictures once."""
+        records = [self.plan.records[number] for number in numbers]
+        seen = set(in_hand)
+        opened: list[Opened] = []
+        jobs: list[tuple[ImageRecord, bytes, Job]] = []
+        with ThreadPoolExecutor(self.threads) as threads:
+            files = threads.map(self._read, records)
+        for number, record, file in zip(numbers, records, files, strict=True):
+            if isinstance(file, UnreadablePicture):
+                opened.append(Opened(record, reason=file.reason))
+                continue
+            data, content = file
+            plans = [one for one in self.plan.variants[number] if not self.cache.has(content, one)]
+            plans = [one for one in plans if (content, one) not in seen]
+            seen |= {(content, one) for one in plans}
+            if plans:
+                jobs.append((record, content, Job(data, record.path, tuple(plans))))
+            else:
+                opened.append(Opened(record, content))
+        prepared = self.preparer([job for _, _, job in jobs])
+        return opened + [_as_opened(*job, pixels) for job, pixels in zip(jobs, prepared, strict=True)]
+
+    def _read(self, record: ImageRecord) -> tuple[bytes, bytes] | UnreadablePicture:
+        """Return a file's bytes and their digest, or why it cannot be read."""
+        try:
+            data = self.pictures.read(record.picture)
+        except UnreadablePicture as error:
+            return error
+        return data, digest_content(data)
+
+    def _encode(self, opened: Sequence[Opened], why: Reasons, encoded: Counter[str]) -> None:
+        """Encode what was opened and let the other processes know what became of it."""
+        for each in opened:
+            picture = each.record.picture
+            if each.content is not None and each.content != self.contents.known(picture):
+                self.contents.learn(picture, each.content)
+            if each.reason is not None:
+                self.contents.fail(picture, each.reason)
+        pixels = [one for each in opened for one in each.pixels]
+        for one, latent in zip(pixels, self.encoder(pixels), strict=True):
+            if latent is None:
+                self.contents.fail(one.picture, NOT_FINITE)
+            else:
+                encoded[why.of(one.sample_id, one.content, one.plan)] += 1
+
+
+def _as_opened(record: ImageRecord, content: bytes, job: Job, prepared: Prepared) -> Opened:
+    if isinstance(prepared, UnreadablePicture):
+        return Opened(record, content, reason=prepared.reason)
+    pixels = [
+        Unencoded(pixels_HWC, record.path, record.picture, record.sample_id, content, plan)
+        for pixels_HWC, plan in zip(prepared, job.plans, strict=True)
+    ]
+    return Opened(record, content, tuple(pixels))

@@ -67,6 +67,19 @@ def load_sdxl(source: str, seed: int, device: torch.device | str) -> SDXL:
     return _finish(sdxl, device)
 
 
+def load_vae(source: str, device: torch.device | str) -> AutoencoderKL:
+    """Return the frozen VAE of the model that `source` names, in fp32 on `device`; nothing else of it is read.
+
+    Raises UserError as `load_sdxl` does.
+    """
+    disable_progress_bar()
+    folder = MINIATURE_FOLDER if source == MINIATURE else _find_folder(source)
+    if source != MINIATURE:
+        _check_parts(folder)
+    _check_configs(folder)
+    return _read_vae(folder).to(device).requires_grad_(False).eval()
+
+
 def _read_miniature(seed: int) -> SDXL:
     folder = MINIATURE_FOLDER
     _check_configs(folder)

@@ -83,13 +83,7 @@ def process_group(device: str) -> Iterator[Group]:
     there, or one for several processes.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    chosen = torch.device("cuda", local_rank) if device == "cuda" else torch.device(device)
-    if chosen.type == "cuda":
-        _refuse_missing_gpu(chosen, device, world_size)
-        torch.cuda.set_device(chosen)
+    chosen = own_device(device)
     if world_size == 1:
         yield Group(0, 1, chosen)
         return
@@ -100,6 +94,18 @@ def process_group(device: str) -> Iterator[Group]:
         yield Group(distributed.get_rank(), world_size, chosen)
     finally:
         distributed.destroy_process_group()
+
+
+def own_device(device: str) -> torch.device:
+    """Return this process' device and make it the current one; see `process_group`."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    chosen = torch.device("cuda", local_rank) if device == "cuda" else torch.device(device)
+    if chosen.type == "cuda":
+        _refuse_missing_gpu(chosen, device, int(os.environ.get("WORLD_SIZE", "1")))
+        torch.cuda.set_device(chosen)
+    return chosen
 
 
 def _refuse_missing_gpu(chosen: torch.device, asked: str, world_size: int) -> None:
