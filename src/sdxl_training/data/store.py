@@ -155,10 +155,10 @@ class Store:
         if number >= DEAD:
             raise self._damaged_entry(shard, key, "is damaged")
         layout = self._layouts[number]
-        payload = np.empty(stored, np.uint8)
+        payload = torch.empty(stored, dtype=torch.uint8)
         try:
             descriptor = self._open.get(shard) or self._open_shard(shard)
-            got = os.preadv(descriptor.number, [payload.data], offset)
+            got = os.preadv(descriptor.number, [payload.numpy().data], offset)
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE):
                 raise
@@ -168,10 +168,10 @@ class Store:
         if layout.packed:
             size = layout.dtype.itemsize
             try:
-                payload = unpack(payload, size * math.prod(layout.shape), size)
+                payload = torch.from_numpy(unpack(payload.numpy(), size * math.prod(layout.shape), size))
             except ValueError as error:
                 raise self._damaged_entry(shard, key, f"is damaged: {error}") from error
-        return torch.from_numpy(payload).view(layout.dtype).view(layout.shape)
+        return payload.view(layout.dtype).view(layout.shape)
 
     def refresh(self) -> int:
         """Take in what has been appended since, by anybody; return how many entries. Nothing new: a stat a journal."""

@@ -1,0 +1,65 @@
+"""Filling the latent cache without training, and checking what is in it."""
+
+from __future__ import annotations
+
+import os
+from contextlib import closing
+from functools import partial
+
+from rich.console import Console
+
+from sdxl_training.assemble.dataset import fill_cache, latent_folder, prepare_dataset
+from sdxl_training.assemble.session import ENCODE_BATCH, open_writer
+from sdxl_training.config.load import LoadedConfig
+from sdxl_training.config.schema import Config
+from sdxl_training.data.encoding import Encoder
+from sdxl_training.data.store import Store
+from sdxl_training.model.latents import encode_latents, set_up_vae, vae_fingerprint
+from sdxl_training.model.load import load_vae
+from sdxl_training.parallel.group import Group, own_device
+from sdxl_training.records import UserError
+from sdxl_training.tracking.progress import ConsoleProgress, Progress, SilentProgress
+
+
+def cache(loaded: LoadedConfig, verify: bool) -> None:
+    """Encode every picture of the configuration that the cache lacks; with `verify` read every entry first.
+
+    Under torchrun, or started several times, on one machine or several that share the folder, the processes share the
+    work through files alone: none waits for another, and whatever one that dies has left is done by the others. Raises
+    UserError where the configuration keeps no latents.
+    """
+    config = loaded.config
+    if config.data.cache.mode == "none":
+        raise UserError(
+            "data.cache.mode = none: nothing is kept, so there is nothing to fill. Set it to first or ahead."
+        )
+    config = filled_first(config)
+    rank, processes = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    group = Group(rank, processes, own_device(config.global_config.device))
+    progress: Progress = ConsoleProgress(Console()) if group.is_main else SilentProgress()
+    if verify and group.is_main:
+        verify_cache(loaded, progress)
+    vae = set_up_vae(load_vae(config.model.source, group.device), config.model.vae_precision, config.model.vae_tiling)
+    dataset = prepare_dataset(config, group, progress, vae_fingerprint(vae))
+    writer = open_writer(config, dataset, group, progress)
+    if writer is None:
+        raise ValueError("a cache without a writer")
+    with closing(writer):
+        encoder = Encoder(partial(encode_latents, vae), group.device, ENCODE_BATCH, dataset.cache, writer)
+        fill_cache(config, dataset, encoder, group, progress)
+
+
+def verify_cache(loaded: LoadedConfig, progress: Progress) -> None:
+    """Read every entry of the latent cache and name those that are damaged; they are made again when needed."""
+    store = Store(latent_folder(loaded.config))
+    with progress.track("reading every latent", len(store)) as advance:
+        damaged = store.verify(advance)
+    for damage in damaged:
+        progress.message(str(damage))
+    progress.message(f"{len(store)} latents are whole" + ("" if damaged else "; none is damaged"))
+
+
+def filled_first(config: Config) -> Config:
+    """Return the configuration with a cache that is filled at once."""
+    filled = config.data.cache.model_copy(update={"mode": "first"})
+    return config.model_copy(update={"data": config.data.model_copy(update={"cache": filled})})
