@@ -8,7 +8,13 @@ from functools import partial
 
 from rich.console import Console
 
-from sdxl_training.assemble.dataset import fill_cache, latent_folder, prepare_dataset
+from sdxl_training.assemble.dataset import (
+    fill_cache,
+    latent_folder,
+    name_quarantined,
+    prepare_dataset,
+    refuse_too_many_bad,
+)
 from sdxl_training.assemble.session import ENCODE_BATCH, open_writer
 from sdxl_training.config.load import LoadedConfig
 from sdxl_training.config.schema import Config
@@ -47,6 +53,9 @@ def cache(loaded: LoadedConfig, verify: bool) -> None:
     with closing(writer):
         encoder = Encoder(partial(encode_latents, vae), group.device, ENCODE_BATCH, dataset.cache, writer)
         fill_cache(config, dataset, encoder, group, progress)
+    quarantined = dataset.found.quarantined()
+    name_quarantined(quarantined, progress)
+    refuse_too_many_bad(config, quarantined, dataset.found.pictures.found)
 
 
 def verify_cache(loaded: LoadedConfig, progress: Progress) -> None:

@@ -19,13 +19,13 @@ from sdxl_training.data.bucket_lists import GENERATORS, buckets_at_resolutions, 
 from sdxl_training.data.buckets import Fitting
 from sdxl_training.data.cache import LatentCache
 from sdxl_training.data.claims import Claims
-from sdxl_training.data.contents import Contents
 from sdxl_training.data.crops import Cut
 from sdxl_training.data.dali import DaliPreparer, choose_backend
 from sdxl_training.data.encoding import Encoder
 from sdxl_training.data.fetching import Fetch
 from sdxl_training.data.filling import PIECE, Fill
 from sdxl_training.data.images import RESAMPLING
+from sdxl_training.data.known_contents import KnownContents
 from sdxl_training.data.picture_plan import PicturePlan, plan_resolutions
 from sdxl_training.data.pictures import Pictures
 from sdxl_training.data.preparing import Preparer
@@ -43,7 +43,7 @@ class FoundPictures:
     """What the sources hold, planned into buckets; contents: what is known of the pictures' bytes."""
 
     pictures: Pictures
-    contents: Contents
+    contents: KnownContents
     plan: PicturePlan
 
     def quarantined(self) -> list[Quarantined]:
@@ -74,9 +74,7 @@ def find_pictures(config: Config, progress: Progress) -> FoundPictures:
             f"{len(plan.left_out)} pictures do not fit their bucket and are left out (data.buckets.small_pictures, "
             f"max_crop); the first: {plan.left_out[0].record.path}: {plan.left_out[0].reason}"
         )
-    quarantined = found.quarantined()
-    name_quarantined(quarantined, progress)
-    refuse_too_many_bad(config, quarantined, pictures.found)
+    refuse_too_many_bad(config, found.quarantined(), pictures.found)
     return found
 
 
@@ -240,6 +238,3 @@ def fill_cache(config: Config, dataset: Dataset, encoder: Encoder, group: Group,
     progress.message(report.describe())
     if isinstance(preparer, DaliPreparer):
         progress.message(preparer.describe())
-    quarantined = dataset.found.quarantined()
-    name_quarantined(quarantined, progress)
-    refuse_too_many_bad(config, quarantined, dataset.found.pictures.found)

@@ -13,8 +13,7 @@ from pathlib import Path
 from sdxl_training.config.load import LoadedConfig, load_config, write_resolved
 from sdxl_training.config.problems import ConfigError
 from sdxl_training.config.schema import Config
-from sdxl_training.data.scan import Quarantined
-from sdxl_training.records import UserError
+from sdxl_training.records import Quarantined, UserError
 
 
 @dataclass(frozen=True)

@@ -22,10 +22,10 @@ def plan(loaded: LoadedConfig) -> None:
     training, pictures = config.training, found.plan
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     schedule = build_schedule(config, pictures, processes)
-    cache_mib = projected_bytes((plan for _, plan in pictures.prepared()), config.data.cache.posterior) / 2**20
+    cache_mib = projected_bytes(pictures, config.data.cache.posterior) / 2**20
     lines = [
         pictures.describe(),
-        f"unreadable: {len(found.quarantined)}",
+        f"unreadable: {len(found.quarantined())}",
         f"{arithmetic(config, schedule, processes)}, all of one bucket",
         f"{schedule.images_per_epoch} images an epoch = {schedule.steps_per_epoch:.1f} steps an epoch; what does not "
         "fill a batch is carried over",

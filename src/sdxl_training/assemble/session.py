@@ -35,7 +35,7 @@ from sdxl_training.model.load import load_sdxl
 from sdxl_training.model.sdxl import SDXL
 from sdxl_training.model.text import caption_tokenizer, encode_text
 from sdxl_training.parallel.group import Group
-from sdxl_training.records import Batch, Draw
+from sdxl_training.records import Batch, Draw, Quarantined
 from sdxl_training.tracking.meters import Meter
 from sdxl_training.tracking.progress import Progress
 from sdxl_training.training.checkpoint import Checkpoint
@@ -83,15 +83,20 @@ class Session:
         Raises UserError where too many pictures are bad.
         """
         batch = to_batch(raw, partial(encode_text, self.sdxl), self.encoder, self.group.device)
-        found = [bad for bad in (*raw.bad, *self.encoder.take_bad()) if bad.path not in self._known_bad]
-        if found:
-            self._known_bad |= {bad.path for bad in found}
-            name_quarantined(found, self.progress)
-            quarantined = self.dataset.found.quarantined()
-            refuse_too_many_bad(self.config, quarantined, self.dataset.found.pictures.found)
-            if self.group.is_main:
-                self.folder.write_quarantine(quarantined)
+        self.quarantine([*raw.bad, *self.encoder.take_bad()])
         return batch
+
+    def quarantine(self, bad: Sequence[Quarantined]) -> None:
+        """Name pictures that turned out to be of no use, each once; raises UserError where there are too many."""
+        new = [entry for entry in bad if entry.path not in self._known_bad]
+        if not new:
+            return
+        self._known_bad |= {entry.path for entry in new}
+        name_quarantined(new, self.progress)
+        everything = {entry.path: entry for entry in (*self.dataset.found.quarantined(), *bad)}.values()
+        refuse_too_many_bad(self.config, list(everything), self.dataset.found.pictures.found)
+        if self.group.is_main:
+            self.folder.write_quarantine(list(everything))
 
     def largest_batch(self) -> list[Batch]:
         """Return micro-batches of the heaviest update, as many as an update has; for a rehearsal."""
@@ -116,8 +121,7 @@ class Session:
         if self.config.data.cache.mode == "first":
             encoder = replace(self.encoder, writer=self.writer)
             fill_cache(self.config, self.dataset, encoder, self.group, self.progress)
-            if self.group.is_main:
-                self.folder.write_quarantine(self.dataset.found.quarantined())
+            self.quarantine(self.dataset.found.quarantined())
 
     def close(self) -> None:
         """Seal what was written into the cache."""
@@ -138,7 +142,7 @@ def open_session(
         recompute_activations(sdxl.unet)
     dataset = prepare_dataset(config, group, progress, vae_fingerprint(sdxl.vae))
     if group.is_main:
-        folder.write_quarantine(dataset.found.quarantined())
+        folder.write_quarantine(())
         _warn_of_long_captions(sdxl, dataset, config.data.captions.separator, progress)
     objective = build_objective(config, group.device)
     run = Run(
@@ -158,7 +162,9 @@ def open_session(
     encode = partial(encode_latents, sdxl.vae)
     encoder = Encoder(encode, group.device, ENCODE_BATCH, dataset.cache, writer if keep else None)
     batches = _micro_batches(config, group, sdxl, dataset)
-    return Session(config, folder, group, progress, sdxl, dataset, encoder, writer, batches, run)
+    session = Session(config, folder, group, progress, sdxl, dataset, encoder, writer, batches, run)
+    session.quarantine(dataset.found.quarantined())
+    return session
 
 
 def open_writer(config: Config, dataset: Dataset, group: Group, progress: Progress) -> StoreWriter | None:

@@ -7,14 +7,13 @@ from pathlib import Path
 
 from sdxl_training.config.data import Source
 from sdxl_training.config.schema import Config, cache_folder
-from sdxl_training.data.contents import Contents
+from sdxl_training.data.known_contents import KnownContents
 from sdxl_training.data.filters import Filter
 from sdxl_training.data.folders import FolderSource
 from sdxl_training.data.listing import PictureSource
 from sdxl_training.data.parquet_source import ParquetSource
 from sdxl_training.data.picture_index import update_index
 from sdxl_training.data.pictures import IndexedSource, Pictures, SourceRules
-from sdxl_training.data.remote import is_address, list_files
 from sdxl_training.data.tables import TableSource
 from sdxl_training.data.tars import TarSource
 from sdxl_training.records import UserError
@@ -23,7 +22,7 @@ from sdxl_training.tracking.progress import Progress
 INDEX_FOLDER = "index"
 
 
-def open_pictures(config: Config, progress: Progress) -> tuple[Pictures, Contents]:
+def open_pictures(config: Config, progress: Progress) -> tuple[Pictures, KnownContents]:
     """List every source, look at what is new, and return the usable pictures and what is known of their bytes.
 
     Raises one UserError for all sources that cannot serve.
@@ -34,7 +33,7 @@ def open_pictures(config: Config, progress: Progress) -> tuple[Pictures, Content
     for number, described in enumerate(config.data.sources):
         try:
             source = open_source(described, config)
-            table = update_index(folder, source, progress, os.cpu_count() or 1)
+            table = update_index(folder, source, progress, session=session_name())
         except UserError as error:
             problems.append(f"data.sources.{number}.path = {described.path}: {error}")
         else:
@@ -42,7 +41,7 @@ def open_pictures(config: Config, progress: Progress) -> tuple[Pictures, Content
     if problems:
         raise UserError("\n".join(problems))
     pictures = Pictures(opened)
-    return pictures, Contents(folder, pictures)
+    return pictures, KnownContents(folder, pictures)
 
 
 def open_source(described: Source, config: Config) -> PictureSource:
@@ -54,8 +53,15 @@ def open_source(described: Source, config: Config) -> PictureSource:
     if kind == "parquet":
         return ParquetSource(described.path, columns.image, columns.captions or None)
     if described.table is not None:
-        return TableSource(described.path, described.table, columns.image, columns.captions or None, columns.tags)
+        return TableSource(described.path, described.table, columns.image, columns.captions, columns.tags)
     return FolderSource(described.path, extension)
+
+
+def session_name() -> str:
+    """Return what the processes of one start have in common, so that all see the same pictures."""
+    return (
+        f"{os.environ.get('TORCHELASTIC_RUN_ID', '')} {os.environ.get('TORCHELASTIC_RESTART_COUNT', '')} {os.getppid()}"
+    )
 
 
 def kind_of(described: Source) -> str:
@@ -77,5 +83,16 @@ def source_rules(described: Source, config: Config) -> SourceRules:
         weight=described.weight,
         separator=captions.separator,
         missing=captions.missing,
+        captions_are=captions_are(described, captions.extension),
         only=Filter(only.names, only.except_names, only.any_tag, only.no_tag, only.min_side_px),
     )
+
+
+def captions_are(described: Source, extension: str) -> str:
+    """Return where the captions of a source are looked for, as part of a sentence."""
+    kind = kind_of(described)
+    if kind == "tar":
+        return f"it is the member with the picture's name and the ending {extension} or .json"
+    if kind == "parquet" or described.table is not None:
+        return "it is in the columns that data.sources[].columns.captions names"
+    return f"it is the file with the picture's name and the ending {extension}"

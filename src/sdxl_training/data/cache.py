@@ -236,11 +236,9 @@ def _digests_of_centres(plan: PicturePlan) -> tuple[Integers, Keys]:
     record_M = np.repeat(np.arange(len(plan.picture_N)), 2 if plan.cut.flip else 1)
     flipped_M = np.arange(len(record_M)) % 2 if plan.cut.flip else np.zeros_like(record_M)
     picture_M, bucket_M = plan.picture_N[record_M], plan.bucket_N[record_M]
+    original_h_M, original_w_M = plan.columns.heights_P[picture_M], plan.columns.widths_P[picture_M]
     target_h_M, target_w_M = np.array([bucket.size_hw for bucket in plan.buckets], dtype=np.int64)[bucket_M].T
-    columns = plan.columns
-    height_M, width_M = covering_sizes(
-        columns.heights_P[picture_M], columns.widths_P[picture_M], target_h_M, target_w_M
-    )
+    height_M, width_M = covering_sizes(original_h_M, original_w_M, target_h_M, target_w_M)
     top_M, left_M = (height_M - target_h_M) // 2, (width_M - target_w_M) // 2
     return record_M, _pack(top_M, left_M, flipped_M, height_M, width_M, target_h_M, target_w_M)
 

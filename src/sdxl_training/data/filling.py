@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
@@ -69,12 +69,13 @@ class FillReport:
 class Opened:
     """What a picture's file turned out to be.
 
-    content: the digest of its bytes, None where they cannot be had. pixels: of the variants that nobody has encoded.
-    reason: why the picture cannot be used.
+    content: the digest of its bytes, empty where they cannot be had. wanted: the variants that nobody has encoded.
+    pixels: of these, but for those that an equal picture brings. reason: why the picture cannot be decoded.
     """
 
     record: ImageRecord
-    content: bytes | None = None
+    content: bytes = b""
+    wanted: tuple[CropPlan, ...] = ()
     pixels: tuple[Unencoded, ...] = ()
     reason: str | None = None
 
@@ -120,13 +121,15 @@ class Fill:
             progress.track("encoding pictures", sum(todo.values())) as advance,
         ):
             while order:
+                found_free = False
                 for piece in self._encode_free([(piece, pieces[piece]) for piece in order], why, encoded, ahead):
+                    found_free = True
                     advance(todo.pop(piece, 0))
                 # What is left is in other hands, or was until a moment ago.
                 left, _ = self._look(pieces, order)
                 advance(sum(todo.pop(piece, 0) for piece in order if piece not in left))
                 order = list(left)
-                if order:
+                if order and not found_free:
                     log.info("%d pieces of the work are in the hands of other processes: waiting for them", len(order))
                     self.wait()
         made = missing - self._look(pieces, everything)[1]
@@ -194,25 +197,25 @@ class Fill:
     def _open(self, numbers: Sequence[int], in_hand: AbstractSet[Made]) -> list[Opened]:
         """Read and decode what of these records nobody has encoded or has in hand; equal pictures once."""
         records = [self.plan.records[number] for number in numbers]
-        seen = set(in_hand)
-        opened: list[Opened] = []
-        jobs: list[tuple[ImageRecord, bytes, Job]] = []
         with ThreadPoolExecutor(self.threads) as threads:
             files = threads.map(self._read, records)
+        opened: list[Opened] = []
+        jobs: dict[int, Job] = {}  # by place in `opened`
+        seen = set(in_hand)
         for number, record, file in zip(numbers, records, files, strict=True):
             if isinstance(file, UnreadablePicture):
                 opened.append(Opened(record, reason=file.reason))
                 continue
             data, content = file
-            plans = [one for one in self.plan.variants[number] if not self.cache.has(content, one)]
-            plans = [one for one in plans if (content, one) not in seen]
-            seen |= {(content, one) for one in plans}
-            if plans:
-                jobs.append((record, content, Job(data, record.path, tuple(plans))))
-            else:
-                opened.append(Opened(record, content))
-        prepared = self.preparer([job for _, _, job in jobs])
-        return opened + [_as_opened(*job, pixels) for job, pixels in zip(jobs, prepared, strict=True)]
+            wanted = tuple(one for one in self.plan.variants[number] if not self.cache.has(content, one))
+            first = tuple(one for one in wanted if (content, one) not in seen)
+            seen.update((content, one) for one in first)
+            if first:
+                jobs[len(opened)] = Job(data, record.path, first)
+            opened.append(Opened(record, content, wanted))
+        for (place, job), prepared in zip(jobs.items(), self.preparer(list(jobs.values())), strict=True):
+            opened[place] = _with_pixels(opened[place], job, prepared)
+        return opened
 
     def _read(self, record: ImageRecord) -> tuple[bytes, bytes] | UnreadablePicture:
         """Return a file's bytes and their digest, or why it cannot be read."""
@@ -225,24 +228,28 @@ class Fill:
     def _encode(self, opened: Sequence[Opened], why: Reasons, encoded: Counter[str]) -> None:
         """Encode what was opened and let the other processes know what became of it."""
         for each in opened:
-            picture = each.record.picture
-            if each.content is not None and each.content != self.contents.known(picture):
-                self.contents.learn(picture, each.content)
-            if each.reason is not None:
-                self.contents.fail(picture, each.reason)
+            if each.content and each.content != self.contents.known(each.record.picture):
+                self.contents.learn(each.record.picture, each.content)
+        failed = {(each.content, plan): each.reason for each in opened for plan in each.wanted if each.reason}
         pixels = [one for each in opened for one in each.pixels]
         for one, latent in zip(pixels, self.encoder(pixels), strict=True):
             if latent is None:
-                self.contents.fail(one.picture, NOT_FINITE)
+                failed[one.content, one.plan] = NOT_FINITE
             else:
                 encoded[why.of(one.sample_id, one.content, one.plan)] += 1
+        for each in opened:
+            # What is wrong with a picture is wrong with those that are equal to it.
+            reasons = [each.reason, *(failed.get((each.content, plan)) for plan in each.wanted)]
+            if reason := next(filter(None, reasons), None):
+                self.contents.fail(each.record.picture, reason)
 
 
-def _as_opened(record: ImageRecord, content: bytes, job: Job, prepared: Prepared) -> Opened:
+def _with_pixels(opened: Opened, job: Job, prepared: Prepared) -> Opened:
     if isinstance(prepared, UnreadablePicture):
-        return Opened(record, content, reason=prepared.reason)
-    pixels = [
-        Unencoded(pixels_HWC, record.path, record.picture, record.sample_id, content, plan)
+        return replace(opened, reason=prepared.reason)
+    record = opened.record
+    pixels = tuple(
+        Unencoded(pixels_HWC, record.path, record.picture, record.sample_id, opened.content, plan)
         for pixels_HWC, plan in zip(prepared, job.plans, strict=True)
-    ]
-    return Opened(record, content, tuple(pixels))
+    )
+    return replace(opened, pixels=pixels)

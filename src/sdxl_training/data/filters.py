@@ -42,7 +42,7 @@ class Filter:
             for row in np.flatnonzero(passes_M & among_M):
                 own = set(tags(int(row)))
                 passes_M[row] = (not wanted or not own.isdisjoint(wanted)) and own.isdisjoint(unwanted)
-        return passes_M
+        return np.asarray(passes_M)
 
 
 EVERYTHING = Filter()

@@ -70,10 +70,6 @@ class PictureSource(Protocol):
     def path(self, name: str) -> str:
         """Return what people are shown for a picture or file of this name: a path or an address."""
 
-    @property
-    def captions_are(self) -> str:
-        """Return where captions are looked for, as a part of a sentence."""
-
 
 def empty_pictures() -> pa.Table:
     """Return no pictures."""

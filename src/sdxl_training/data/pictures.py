@@ -33,7 +33,8 @@ class SourceRules:
     """What a run makes of one source.
 
     repeats: times each picture is drawn in an epoch. weight: of its losses. separator: between tags; with `lines` each
-    line of a caption is an alternative. missing: what a picture without caption means. only: which pictures take part.
+    line of a caption is an alternative. missing: what a picture without caption means; captions_are: where captions are
+    looked for, as part of a sentence. only: which pictures take part.
     """
 
     repeats: int = 1
@@ -42,6 +43,7 @@ class SourceRules:
     weights: bool = False
     lines: bool = False
     missing: Missing = "refuse"
+    captions_are: str = "captions are beside the pictures"
     only: Filter = EVERYTHING
 
 
@@ -129,9 +131,9 @@ class Pictures(Sequence[ImageRecord]):
     def __init__(self, sources: Sequence[IndexedSource]) -> None:
         self.sources = tuple(sources)
         self._refuse_missing_captions()
-        rows = [np.flatnonzero(source.usable()) for source in self.sources]
-        self.source_P = np.repeat(np.arange(len(rows), dtype=np.int16), [len(part) for part in rows])
-        self.row_P: Integers = np.concatenate(rows)
+        self.rows: list[Integers] = [np.flatnonzero(source.usable()) for source in self.sources]
+        self.source_P = np.repeat(np.arange(len(self.rows), dtype=np.int16), [len(rows) for rows in self.rows])
+        self.row_P: Integers = np.concatenate(self.rows)
         if not len(self.row_P):
             raise UserError(self._nothing_left())
 
@@ -168,7 +170,7 @@ class Pictures(Sequence[ImageRecord]):
 
     def taken(self, source: int, name: str) -> pa.Array:
         """Return one source's part of a column."""
-        return self.sources[source].table[name].chunk(0).take(self.row_P[self.source_P == source])
+        return self.sources[source].table[name].chunk(0).take(self.rows[source])
 
     def names(self) -> list[NDArray[np.generic]]:
         """Return the names of all pictures as columns to be digested: of each source lengths and bytes."""
@@ -248,7 +250,7 @@ def _no_captions(number: int, source: IndexedSource, rows: Integers) -> str:
     if len(rows) == readable:
         who = f"none of the {readable} pictures has a caption"
     return (
-        f"data.captions: in data.sources.{number} {who}; {source.source.captions_are}. Without:\n"
+        f"data.captions: in data.sources.{number} {who}; {source.rules.captions_are}. Without:\n"
         f"{_listed([source.path(int(row)) for row in rows])}\n"
         "Add them, correct data.captions.extension, or set data.captions.missing to empty (train them with an empty "
         "caption) or leave_out (train without them; some must remain)."

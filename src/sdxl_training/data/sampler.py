@@ -56,8 +56,8 @@ class BatchSchedule:
 
     def __init__(
         self,
-        buckets: Mapping[Bucket, Sequence[int]],
-        repeats: Sequence[int],
+        buckets: Mapping[Bucket, Sequence[int] | Integers],
+        repeats: Sequence[int] | Integers,
         seed: int,
         global_batch: int | Mapping[Bucket, int],
     ) -> None:

@@ -46,7 +46,8 @@ def set_up_vae(vae: AutoencoderKL, precision: Literal["fp32", "bf16"], tiling: b
 
     Tiles save memory and cost a little exactness where they meet.
     """
-    vae.to(dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
+    if precision == "bf16":
+        vae.to(dtype=torch.bfloat16)
     if tiling:
         vae.enable_tiling()
     return vae
