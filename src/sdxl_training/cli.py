@@ -57,10 +57,17 @@ def train(
 
 
 @app.command()
-def plan(config: ConfigFile, overrides: Overrides = None) -> None:
-    """State pictures, buckets, steps and cache size without training."""
+def plan(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+    sheet: Annotated[
+        Path | None, typer.Option("--sheet", metavar="FILE", help="Draw the 50 worst crops to a picture (PNG).")
+    ] = None,
+) -> None:
+    """State pictures, buckets, crops, captions, steps and cache without training."""
     loaded = load_config(config, overrides or ())
-    _assemble().plan(loaded)
+    _assemble().plan(loaded, as_json=as_json, sheet_file=sheet)
 
 
 @app.command()

@@ -261,21 +261,11 @@ def test_variants_share_their_picture_and_bucket():
     assert len(list(plan.prepared())) == sum(map(len, plan.variants)) > 10
     assert list(plan.plans) == [variants[0] for variants in plan.variants]
     assert list(plan.subset([3, 1]).variants) == [plan.variants[3], plan.variants[1]]
-    assert f"variants: {len(list(plan.prepared()))} latents of 5 pictures" in plan.describe()
-    assert "variants" not in plan_pictures(records, SMALL, "upscale").describe()
+    assert plan.latents() == len(list(plan.prepared()))
+    assert plan_pictures(records, SMALL, "upscale").latents() == 5
 
 
 def test_boxes_belong_to_their_pictures():
     records = [record(number, (300, 64), focus=(0, 0, 20, 64) if number == 1 else None) for number in range(3)]
     plan = plan_resolutions(records, [SMALL], Fitting("upscale"), Cut("focus"))
     assert [p.crop_tl for p in plan.plans] == [(11, 0), (0, 0), (11, 0)]
-
-
-def test_the_description_tells_what_happens_to_every_picture():
-    records = [record(0, (64, 64), 2), record(1, (64, 64)), record(2, (90, 70)), record(3, (10, 10))]
-    text = plan_pictures(records, SMALL, "leave_out").describe()
-    assert "3 pictures in 1 bucket; pictures x repeats = 4 images an epoch" in text
-    assert "64x64                  3          4  ####" in text
-    assert "2 untouched" in text
-    assert "22.0% cut, scaled 0.91x: /pictures/2.png (90x70 -> 64x64)" in text
-    assert "left out: 1\n  /pictures/3.png: 10x10 is smaller" in text

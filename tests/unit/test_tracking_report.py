@@ -153,7 +153,7 @@ def test_the_page_asks_nothing_of_the_network_and_tags_nest(tmp_path):
     (tmp_path / "samples").mkdir()
     for step in (10, 20):
         Image.new("RGB", (64, 32), "red").save(tmp_path / f"samples/step-{step:06d}.png")
-    path = write_report(tmp_path, facts(prompts=["red circle"], buckets={"64x64": 3}))
+    path = write_report(tmp_path, facts(prompts=["red circle"]))
     assert path == tmp_path / "report.html"
     source = path.read_text()
     page = Page(source)
@@ -172,7 +172,7 @@ def test_everything_a_user_wrote_is_escaped(tmp_path):
     (tmp_path / "samples").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "samples/step-000001.png")
     given_facts = facts(
-        run_name=evil, prompts=[evil], buckets={evil: 1}, quarantined={evil: evil}, environment={evil: evil}
+        run_name=evil, prompts=[evil], data="", quarantined={evil: evil}, environment={evil: evil}
     )
     source = write_report(tmp_path, given_facts).read_text()
     assert "<img src=x" not in source

@@ -3,37 +3,141 @@
 from __future__ import annotations
 
 import os
+import shutil
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+from PIL import Image
 from rich.console import Console
 
-from sdxl_training.assemble.dataset import arithmetic, build_schedule, find_pictures
+from sdxl_training.assemble.dataset import FoundPictures, build_schedule, find_pictures, latent_folder
+from sdxl_training.assemble.plan_report import CacheState, PlanReport, build_plan_report, caption_figures
 from sdxl_training.config.load import LoadedConfig
-from sdxl_training.config.schema import cache_folder
-from sdxl_training.data.cache import projected_bytes
+from sdxl_training.config.schema import Config
+from sdxl_training.data.cache import LatentCache, Reasons, projected_bytes
+from sdxl_training.data.contact_sheet import draw_sheet, worst_crop_cells, write_sheet
 from sdxl_training.data.demo_set import write_demo_set
+from sdxl_training.data.remote import shown
+from sdxl_training.data.statistics import (
+    BatchParts,
+    evenly_spread,
+    planned_pictures,
+    source_table,
+    tag_table,
+    tags_of,
+)
+from sdxl_training.model.latents import set_up_vae, vae_fingerprint
+from sdxl_training.model.load import is_local, load_vae
 from sdxl_training.tracking.progress import ConsoleProgress
 
+REASONED = 20_000  # records that lack a latent and are asked why; of more, so many evenly spread ones speak for all
 
-def plan(loaded: LoadedConfig) -> None:
-    """Print images, buckets, crops, steps and cache size; reads headers and captions only."""
-    config, console = loaded.config, Console()
-    found = find_pictures(config, ConsoleProgress(console))
-    training, pictures = config.training, found.plan
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    schedule = build_schedule(config, pictures, processes)
-    cache_mib = projected_bytes(pictures, config.data.cache.posterior) / 2**20
-    lines = [
-        pictures.describe(),
-        f"unreadable: {len(found.quarantined())}",
-        f"{arithmetic(config, schedule, processes)}, all of one bucket",
-        f"{schedule.images_per_epoch} images an epoch = {schedule.steps_per_epoch:.1f} steps an epoch; what does not "
-        "fill a batch is carried over",
-        f"{training.max_steps} steps = {schedule.epoch_of(training.max_steps):.2f} epochs",
-        f"latent cache in {cache_folder(config)}: {cache_mib:,.1f} MiB when full",
-    ]
-    said = "\n".join(lines).encode("utf-8", "backslashreplace").decode()  # a file's name need not be text
-    console.print(said, markup=False, highlight=False, soft_wrap=True)
+
+def plan(loaded: LoadedConfig, as_json: bool, sheet_file: Path | None) -> None:
+    """Print images, buckets, crops, captions, steps and cache; reads headers and captions only.
+
+    as_json: everything, for programs. sheet_file: where the worst crops are drawn to (PNG). Raises UserError where it
+    cannot be written.
+    """
+    console = Console(stderr=as_json)  # so that the JSON is all there is on the standard output
+    progress = ConsoleProgress(console)
+    found = find_pictures(loaded.config, progress)
+    report = make_report(loaded.config, found)
+    if as_json:
+        print(report.to_json(), end="")
+    else:
+        said = report.text().encode("utf-8", "backslashreplace").decode()  # a file's name need not be text
+        console.print(said, markup=False, highlight=False, soft_wrap=True)
+    if sheet_file is None:
+        return
+    sheet = worst_crops(loaded.config, found)
+    if sheet is None:
+        progress.message("no picture is cut, so there is no contact sheet")
+        return
+    write_sheet(sheet, sheet_file)
+    progress.message(f"the worst crops: {sheet_file}")
+
+
+def make_report(
+    config: Config, found: FoundPictures, most: int | None = None, cache: LatentCache | None = None
+) -> PlanReport:
+    """Return all that is known of a run's data before it begins.
+
+    most: pictures whose tags are counted. cache: that of the run, where it is open.
+    """
+    training, processes = config.training, int(os.environ.get("WORLD_SIZE", "1"))
+    numbers = planned_pictures(found.plan)
+    if most is not None:
+        numbers = evenly_spread(numbers, most)
+    return build_plan_report(
+        plan=found.plan,
+        schedule=build_schedule(config, found.plan, processes),
+        parts=BatchParts(
+            training.batch_size, training.pixels_per_batch, training.accumulation, processes, training.max_steps
+        ),
+        sources=source_table(found.pictures, found.plan, [shown(source.path) for source in config.data.sources]),
+        quarantined=found.quarantined(),
+        uncaptioned=found.pictures.left_out,
+        captions=caption_figures(config.model.source, found.pictures, found.plan),
+        tags=tag_table(tags_of(found.pictures, numbers)),
+        cache=cache_state(config, found, cache),
+    )
+
+
+def worst_crops(config: Config, found: FoundPictures) -> Image.Image | None:
+    """Draw the contact sheet of the worst crops; None where no picture is cut."""
+    if not found.plan.worst_crops(1):
+        return None
+    cells = worst_crop_cells(found.plan, found.pictures.read)
+    return draw_sheet(cells, background=config.data.preprocessing.background)
+
+
+def cache_state(config: Config, found: FoundPictures, cache: LatentCache | None = None) -> CacheState | None:
+    """Return what the cache holds of a plan and what must be encoded, and why; None where nothing is kept."""
+    mode, source = config.data.cache.mode, config.model.source
+    if mode == "none":
+        return None
+    folder = latent_folder(config)
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    latents = found.plan.latents()
+    state = CacheState(
+        folder=str(folder),
+        mode=mode,
+        latents=latents,
+        bytes_when_full=projected_bytes(found.plan, config.data.cache.posterior),
+        bytes_free=shutil.disk_usage(there).free,
+        unknown=f"the VAE of model.source = {source} is not on this machine, and a plan fetches nothing",
+    )
+    if cache is None and not is_local(source):
+        return state
+    if cache is None:
+        vae = set_up_vae(load_vae(source, "cpu"), config.model.vae_precision, config.model.vae_tiling)
+        background = config.data.preprocessing.background
+        cache = LatentCache(folder, vae_fingerprint(vae), config.data.cache.posterior, background)
+    to_encode = why_encode(cache, found)
+    return replace(state, there=latents - sum(to_encode.values()), to_encode=to_encode, unknown="")
+
+
+def why_encode(cache: LatentCache, found: FoundPictures) -> dict[str, int]:
+    """Return how many latents the cache lacks, by reason."""
+    plan = found.plan
+    digests_P2, known_P, _ = found.contents.columns()
+    known_N = known_P[plan.picture_N]
+    lacking_N = cache.missing(digests_P2[plan.picture_N], known_N, plan)
+    why = Counter({"not read yet": int(lacking_N[~known_N].sum())})
+    asked = np.flatnonzero((lacking_N > 0) & known_N)
+    spread = evenly_spread(asked, REASONED)
+    reasons = Reasons(cache)
+    found_why: Counter[str] = Counter()
+    for number in spread.tolist():
+        record, content = plan.records[number], digests_P2[plan.picture_N[number]].tobytes()
+        variants = [one for one in plan.variants[number] if not cache.has(content, one)]
+        found_why.update(reasons.of(record.sample_id, content, one) for one in variants)
+    for reason, count in found_why.items():
+        why[reason] += round(count * len(asked) / len(spread))
+    return {reason: count for reason, count in why.items() if count}
 
 
 def write_demo_data(to: Path, seed: int, pictures: int) -> None:

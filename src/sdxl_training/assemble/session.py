@@ -60,6 +60,7 @@ class Session:
     run: Run
     meter: Meter = field(default_factory=Meter)
     started: float = field(default_factory=time.monotonic)
+    data_page: str = ""
     _known_bad: set[str] = field(default_factory=set)
 
     @property

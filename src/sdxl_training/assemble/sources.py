@@ -7,13 +7,15 @@ from pathlib import Path
 
 from sdxl_training.config.data import Source
 from sdxl_training.config.schema import Config, cache_folder
-from sdxl_training.data.known_contents import KnownContents
 from sdxl_training.data.filters import Filter
 from sdxl_training.data.folders import FolderSource
+from sdxl_training.data.known_contents import KnownContents
 from sdxl_training.data.listing import PictureSource
 from sdxl_training.data.parquet_source import ParquetSource
 from sdxl_training.data.picture_index import update_index
 from sdxl_training.data.pictures import IndexedSource, Pictures, SourceRules
+from sdxl_training.data.remote import is_address, shown
+from sdxl_training.data.remote_folders import AddressSource
 from sdxl_training.data.tables import TableSource
 from sdxl_training.data.tars import TarSource
 from sdxl_training.records import UserError
@@ -35,7 +37,7 @@ def open_pictures(config: Config, progress: Progress) -> tuple[Pictures, KnownCo
             source = open_source(described, config)
             table = update_index(folder, source, progress, session=session_name())
         except UserError as error:
-            problems.append(f"data.sources.{number}.path = {described.path}: {error}")
+            problems.append(f"data.sources.{number}.path = {shown(described.path)}: {error}")
         else:
             opened.append(IndexedSource(source, source_rules(described, config), table))
     if problems:
@@ -54,7 +56,7 @@ def open_source(described: Source, config: Config) -> PictureSource:
         return ParquetSource(described.path, columns.image, columns.captions or None)
     if described.table is not None:
         return TableSource(described.path, described.table, columns.image, columns.captions, columns.tags)
-    return FolderSource(described.path, extension)
+    return (AddressSource if is_address(described.path) else FolderSource)(described.path, extension)
 
 
 def session_name() -> str:

@@ -22,6 +22,7 @@ import sdxl_training
 from sdxl_training.assemble.dataset import arithmetic
 from sdxl_training.assemble.drawing import build_painter, sampling_of
 from sdxl_training.assemble.folder import RunFolder, run_folder
+from sdxl_training.assemble.planning import make_report, worst_crops
 from sdxl_training.assemble.resume import find_start, snapshot
 from sdxl_training.assemble.session import Session, open_session
 from sdxl_training.config import notes
@@ -42,6 +43,7 @@ from sdxl_training.training.trainer import Action, Every
 from sdxl_training.training.trainer import train as make_updates
 
 PICTURES_TO_JUDGE_BY = 8
+TAGS_COUNTED = 100_000  # pictures whose tags the report of a run counts, so that it does not wait for a million
 
 
 def train(loaded: LoadedConfig, resume: str, dry_run: bool) -> None:
@@ -73,6 +75,9 @@ def train(loaded: LoadedConfig, resume: str, dry_run: bool) -> None:
         if group.is_main:
             _note_configuration(folder, loaded, first_step, progress)
         progress.message(_arithmetic(session, first_step))
+        if group.is_main:
+            found, cache = session.dataset.found, session.dataset.cache
+            session.data_page = make_report(config, found, TAGS_COUNTED, cache).html(worst_crops(config, found))
         del checkpoint  # while its files are mapped, deleting them frees no disk space
         if first_step == 0:
             check_base(session)
@@ -256,14 +261,13 @@ def _step_log(session: Session, trackers: Trackers, show: Update) -> StepLog:
 def _write_report(session: Session, steps_done: int, state: Literal["running", "finished", "stopped"]) -> None:
     if not session.group.is_main:
         return
-    plan = session.dataset.plan
     facts = ReportFacts(
         run_name=session.config.global_config.run_name,
         state=state,
         total_steps=session.last_step,
         seconds=time.monotonic() - session.started,
         prompts=session.config.global_config.previews.prompts,
-        buckets={str(bucket): count for bucket, count in plan.counts.items()},
+        data=session.data_page,
         quarantined={entry.path: entry.reason for entry in session.dataset.found.quarantined()},
         environment=_environment(session.group.device),
     )

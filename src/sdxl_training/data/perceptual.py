@@ -16,7 +16,7 @@ import logging
 import math
 import zlib
 from collections.abc import Iterator, Sequence
-from itertools import combinations, pairwise
+from itertools import combinations
 from pathlib import Path
 
 import cv2
@@ -141,8 +141,8 @@ class Bands:
     """
 
     def __init__(self, hashes_N: Hashes, within: int = WITHIN_BITS) -> None:
-        cuts = [64 * cut // (within + 2) for cut in range(within + 3)]
-        masks = [2**end - 2**start for start, end in pairwise(cuts)]
+        # Every fifth bit, not bits in a row: in smooth pictures the bits of high frequencies are all 0.
+        masks = [sum(1 << bit for bit in range(band, 64, within + 2)) for band in range(within + 2)]
         tables = [self._table(hashes_N & np.uint64(one | other)) for one, other in combinations(masks, 2)]
         self._order_TN, self._place_TN, self._end_TN = (np.stack(part) for part in zip(*tables, strict=True))
 

@@ -18,7 +18,6 @@ from sdxl_training.data.lazy import Lazy
 from sdxl_training.records import Bucket, CropPlan, ImageRecord, UserError
 
 NOTABLE_CROP = 0.10
-BAR_WIDTH = 30
 CENTRE = Cut()
 
 
@@ -150,11 +149,6 @@ class PicturePlan:
         worst = np.argsort(-self.cropped, kind="stable")[:count]
         return [(self._record(number), self._variants(number)[0]) for number in worst if self.cropped[number] > 0]
 
-    def describe(self, examples: int = 10) -> str:
-        """Return plain text for people: histogram, crops, enlargements, pictures left out."""
-        parts = (self._histogram(), self._varied(), self._crops(examples), self._enlarged(), self._absent(examples))
-        return "\n".join(line for part in parts for line in part)
-
     def latents(self) -> int:
         """Return how many latents there are, variants counted: exact where crops are not random, else at most."""
         if self.cut.position != "random":
@@ -187,50 +181,6 @@ class PicturePlan:
     def _left_out(self, number: int) -> LeftOut:
         record = self.pictures[int(self.left_out_M[number])]
         return LeftOut(record, self.fitting.why_nowhere(record.size_hw, self.resolutions))
-
-    def _histogram(self) -> list[str]:
-        counts, repeats = self.counts, self.repeats
-        fullest = max(counts.values())
-        lines = [
-            f"{_number(len(self.picture_N), 'picture')} in {_number(len(counts), 'bucket')}; "
-            f"pictures x repeats = {self.images_per_epoch} images an epoch",
-            f"  {'height x width':<15}{'pictures':>9}{'x repeats':>11}",
-        ]
-        for bucket, numbers in self.by_bucket.items():
-            bar = "#" * -(-BAR_WIDTH * len(numbers) // fullest)
-            lines.append(f"  {bucket!s:<15}{len(numbers):>9}{repeats[numbers].sum():>11}  {bar}")
-        return lines
-
-    def _varied(self) -> list[str]:
-        latents = self.latents()
-        if latents == len(self.picture_N):
-            return []
-        return [f"variants: {latents} latents of {_number(len(self.picture_N), 'picture')} (crops, mirrored or not)"]
-
-    def _crops(self, examples: int) -> list[str]:
-        notable = int((self.cropped > NOTABLE_CROP).sum())
-        lines = [
-            f"cropping: {self.untouched} untouched (exactly a bucket's size), "
-            f"{notable} lose more than {NOTABLE_CROP:.0%} of their area"
-        ]
-        for record, plan in self.worst_crops(examples):
-            height, width = plan.original_hw
-            lines.append(
-                f"  {plan.cropped_fraction:6.1%} cut, scaled {plan.scale:.2f}x: {record.path} "
-                f"({height}x{width} -> {plan.bucket})"
-            )
-        return lines
-
-    def _enlarged(self) -> list[str]:
-        most = f", at most {self.scales.max():.2f}x" if self.upscaled else ""
-        return [f"enlarged: {self.upscaled}{most}"]
-
-    def _absent(self, examples: int) -> list[str]:
-        lines = [f"left out: {len(self.left_out)}"]
-        lines += [f"  {absent.record.path}: {absent.reason}" for absent in self.left_out[:examples]]
-        if len(self.left_out) > examples:
-            lines.append(f"  and {len(self.left_out) - examples} more")
-        return lines
 
 
 def plan_resolutions(
@@ -273,7 +223,3 @@ def _nothing_left(left_out: Sequence[LeftOut]) -> str:
         f"data.sources: none of the {len(left_out)} pictures fits its bucket, for example {example.record.path}: "
         f"{example.reason}. Lower data.resolution, set data.buckets.small_pictures: upscale, or allow larger crops."
     )
-
-
-def _number(count: int, noun: str) -> str:
-    return f"{count} {noun}" + ("" if count == 1 else "s")

@@ -67,6 +67,11 @@ def load_sdxl(source: str, seed: int, device: torch.device | str) -> SDXL:
     return _finish(sdxl, device)
 
 
+def is_local(source: str) -> bool:
+    """Return whether a model can be read without fetching anything; a hub id counts as not, cached or not."""
+    return source == MINIATURE or Path(source).expanduser().is_dir()
+
+
 def load_vae(source: str, device: torch.device | str) -> AutoencoderKL:
     """Return the frozen VAE of the model that `source` names, in fp32 on `device`; nothing else of it is read.
 

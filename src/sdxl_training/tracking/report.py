@@ -17,7 +17,7 @@ from typing import Literal, TypeAlias
 import numpy as np
 from PIL import Image
 
-from sdxl_training.tracking.charts import Line, Numbers, bar_chart, line_chart, smooth
+from sdxl_training.tracking.charts import Line, Numbers, line_chart, smooth
 from sdxl_training.tracking.metrics_file import FILE_NAME as METRICS_NAME
 from sdxl_training.tracking.metrics_file import STEP_KEYS, metric_columns
 from sdxl_training.tracking.pace import duration_text, rate_text
@@ -41,7 +41,7 @@ class ReportFacts:
     """What the page says that does not lie in the run's folder.
 
     seconds: time since the run was last started. prompts: what the samples were drawn from, in reading
-    order of the grid. buckets: images a bucket, by its name. quarantined: reason by file. environment: versions by
+    order of the grid. data: HTML that tells of the pictures. quarantined: reason by file. environment: versions by
     name.
     """
 
@@ -50,7 +50,7 @@ class ReportFacts:
     total_steps: int
     seconds: float
     prompts: Sequence[str] = ()
-    buckets: Mapping[str, int] = field(default_factory=dict)
+    data: str = ""
     quarantined: Mapping[str, str] = field(default_factory=dict)
     environment: Mapping[str, str] = field(default_factory=dict)
 
@@ -66,7 +66,7 @@ def write_report(run_dir: Path, facts: ReportFacts) -> Path:
         _head(facts, metrics),
         _section("Training", _curves(metrics)),
         _section("Samples", _samples(run_dir / "samples", facts.prompts)),
-        _section("Buckets", _buckets(facts.buckets)),
+        _section("Data", facts.data),
         _section("Quarantined files", _quarantine(facts.quarantined)),
         _section("Configuration", _configuration(run_dir / "config.resolved.yaml")),
         _section("Environment", f'<div class="card">{_table(("", ""), facts.environment)}</div>'),
@@ -198,10 +198,6 @@ def _embed(path: Path, side_px: int) -> _Embedded:
             small.save(packed, "JPEG", quality=90)
             content, kind, size = packed.getvalue(), "jpeg", small.size
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}", size
-
-
-def _buckets(counts: Mapping[str, int]) -> str:
-    return f'<div class="card">{bar_chart(counts)}</div>' if counts else ""
 
 
 def _quarantine(reasons: Mapping[str, str]) -> str:
