@@ -50,8 +50,8 @@ SIDE_PX = 32  # of the picture that is transformed
 THUMBNAIL_PX = 8
 # Coefficients are bits 0 or 1 as they lie below or above their median. In pictures that are flat or symmetric many lie
 # at zero like the median: without this distance, in grey levels, what compression adds would decide their bits.
-ABOVE_MEDIAN = 2.0
-WITHIN_BITS = 3
+ABOVE_MEDIAN = 3.0
+WITHIN_BITS = 4
 # Thumbnails, in levels of 255: a change of brightness is the same everywhere, the rest is small. It must be small
 # beside the picture's own contrast, too, or all drawings of a few thin lines would look the same.
 MAX_SHIFT = 13.0

@@ -117,6 +117,12 @@ class BatchSchedule:
         place = step - self.steps_before_epoch(epoch)
         return self._draws(int(bucket_numbers[place]), int(batch_numbers[place]))
 
+    def order_of_epoch(self, epoch: int) -> None:
+        """Draw an epoch's permutations at once, as its batches do one by one when they are asked for."""
+        self._epoch(epoch)
+        for number in range(len(self.buckets)):
+            self._round(number, epoch)
+
     def steps_before_epoch(self, epoch: int) -> int:
         """Return how many updates epochs 0 .. epoch - 1 have together."""
         return sum(epoch * slots // size for slots, size in zip(self._slots, self._sizes, strict=True))

@@ -1,0 +1,223 @@
+"""How long a million pictures take before training begins: indexed for the first time, again, planned, put in order.
+
+    python benchmarks/million_pictures.py                 # 10,000 and 1,000,000; about 9 GB of disk for a while
+    python benchmarks/million_pictures.py --pictures 10000 100000
+
+Every stage runs in a process of its own, so that its memory is its own. Files are warm: they were just written. What
+the first index is compared with is a walk that does nothing but list the folders, open every picture and read the bytes
+that hold its header, with as many processes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from datetime import datetime, timezone
+from pathlib import Path
+
+IN_A_FOLDER = 1000
+HEADER_BYTES = 4096
+
+
+def write_folder(folder: Path, first: int, count: int) -> None:
+    """Write small JPEGs of forty sizes, each with a caption."""
+    import io
+
+    import numpy as np
+    from PIL import Image
+
+    generator = np.random.default_rng(0)
+    kinds = []
+    for _ in range(40):
+        height, width = generator.integers(64, 192, 2).tolist()
+        memory = io.BytesIO()
+        Image.fromarray(generator.integers(0, 256, (height, width, 3), np.uint8)).save(memory, "JPEG", quality=10)
+        kinds.append(memory.getvalue())
+    folder.mkdir(parents=True)
+    for number in range(first, first + count):
+        (folder / f"{number:07d}.jpg").write_bytes(kinds[number % len(kinds)])
+        (folder / f"{number:07d}.txt").write_text(f"a picture, number {number % 1000}, kind {number % len(kinds)}")
+
+
+def make_pictures(root: Path, pictures: int) -> None:
+    starts = range(0, pictures, IN_A_FOLDER)
+    with ProcessPoolExecutor() as pool:
+        folders = [root / f"{start // IN_A_FOLDER:04d}" for start in starts]
+        list(pool.map(write_folder, folders, starts, [min(IN_A_FOLDER, pictures - start) for start in starts]))
+
+
+def read_headers(folder: str) -> int:
+    read = 0
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.endswith(".jpg"):
+                entry.stat()
+                with open(entry.path, "rb", buffering=0) as file:  # noqa: PTH123 - nothing but the bare calls
+                    read += len(file.read(HEADER_BYTES)) > 0
+    return read
+
+
+def stage_bare_walk(root: Path, cache: Path) -> dict[str, float]:
+    folders = [entry.path for entry in os.scandir(root)]
+    with ProcessPoolExecutor() as pool:
+        return {"pictures": sum(pool.map(read_headers, folders, chunksize=4))}
+
+
+def config_of(root: Path, cache: Path):
+    from sdxl_training.config.schema import Config
+
+    data = {
+        "sources": [{"path": str(root)}],
+        "resolution": 64,
+        "buckets": {"step_px": 16, "min_side_px": 32, "max_side_px": 128, "small_pictures": "upscale"},
+        "cache": {"path": str(cache)},
+    }
+    return Config.model_validate({"model": {"source": "miniature"}, "training": {"batch_size": 8}, "data": data})
+
+
+def stage_index(root: Path, cache: Path) -> dict[str, float]:
+    from sdxl_training.assemble.sources import open_pictures
+    from sdxl_training.tracking.progress import SilentProgress
+
+    pictures, _ = open_pictures(config_of(root, cache), SilentProgress())
+    return {"pictures": len(pictures)}
+
+
+def stage_start(root: Path, cache: Path) -> dict[str, float]:
+    """All that lies between a command and the first batch of samples, but for the model: list, compare, plan, order."""
+    from sdxl_training.assemble.dataset import build_schedule, find_pictures
+    from sdxl_training.tracking.progress import SilentProgress
+
+    config = config_of(root, cache)
+    began = time.perf_counter()
+    found = find_pictures(config, SilentProgress())
+    planned = time.perf_counter()
+    schedule = build_schedule(config, found.plan, 1)
+    opened = time.perf_counter()
+    epoch = 3
+    first, end = schedule.steps_before_epoch(epoch), schedule.steps_before_epoch(epoch + 1)
+    schedule.order_of_epoch(epoch)
+    ordered = time.perf_counter()
+    far = schedule.steps_before_epoch(1000) + (end - first) // 2
+    _, draws = schedule.batch_at(far)
+    sought = time.perf_counter()
+    records = [found.plan.records[draw.record] for draw in draws]
+    return {
+        "pictures": len(found.pictures),
+        "find and plan, s": planned - began,
+        "open the schedule, s": opened - planned,
+        "order of an epoch, s": ordered - opened,
+        "seek to epoch 1000, s": sought - ordered,
+        "records of a batch, s": time.perf_counter() - sought,
+        "samples of the batch": len(records),
+    }
+
+
+STAGES: dict[str, Callable[[Path, Path], dict[str, float]]] = {
+    "bare walk": stage_bare_walk,
+    "first index": stage_index,
+    "second start": stage_start,
+}
+
+
+def run_stage(name: str, root: Path, cache: Path) -> dict[str, float]:
+    """Run a stage in a process of its own; seconds without the start of Python and its imports."""
+    command = [sys.executable, __file__, "--stage", name, "--root", str(root), "--cache", str(cache)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def be_stage(name: str, root: Path, cache: Path) -> None:
+    import sdxl_training.assemble  # noqa: F401 - imported before the clock starts
+
+    began = time.perf_counter()
+    facts = STAGES[name](root, cache)
+    facts["seconds"] = time.perf_counter() - began
+    own, children = (
+        resource.getrusage(who).ru_maxrss / 2**10 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    )
+    print(json.dumps({**facts, "peak MiB": own, "peak MiB of a helper process": children}))
+
+
+def measure(pictures: int, folder: Path) -> dict[str, dict[str, float]]:
+    root, cache = folder / f"pictures-{pictures}", folder / f"cache-{pictures}"
+    if not root.is_dir():
+        make_pictures(root, pictures)
+    shutil.rmtree(cache, ignore_errors=True)
+    time.sleep(3)  # files younger than that are looked at again
+    results = {name: run_stage(name, root, cache) for name in STAGES}
+    for name, facts in results.items():
+        if facts["pictures"] != pictures:
+            raise SystemExit(f"{name} saw {facts['pictures']} of {pictures} pictures")
+    return results
+
+
+def report(results: dict[int, dict[str, dict[str, float]]]) -> str:
+    counts = list(results)
+    lines = [
+        "# A million pictures before the first step",
+        "",
+        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, "
+        f"{datetime.now(timezone.utc):%Y-%m-%d}; load average {os.getloadavg()[0]:.1f}. Command: "
+        f"`python {' '.join(sys.argv)}`.",
+        "",
+        "| | " + " | ".join(f"{count:,} pictures" for count in counts) + " | goal |",
+        "|---|" + "---|" * (len(counts) + 1),
+    ]
+
+    def row(title: str, value: Callable[[dict[str, dict[str, float]]], str], goal: str = "") -> None:
+        lines.append(f"| {title} | " + " | ".join(value(results[count]) for count in counts) + f" | {goal} |")
+
+    row("bare walk that opens and reads each header, s", lambda r: f"{r['bare walk']['seconds']:.2f}")
+    row("first index (headers and captions), s", lambda r: f"{r['first index']['seconds']:.2f}")
+    row(
+        "first index, files a second (pictures and captions)",
+        lambda r: f"{2 * r['first index']['pictures'] / r['first index']['seconds']:,.0f}",
+    )
+    row("first index / bare walk", lambda r: f"{r['first index']['seconds'] / r['bare walk']['seconds']:.2f}")
+    row("second start: list, compare, plan, s", lambda r: f"{r['second start']['find and plan, s']:.2f}", "5 s")
+    row("open the schedule, s", lambda r: f"{r['second start']['open the schedule, s']:.3f}")
+    row("order of an epoch, s", lambda r: f"{r['second start']['order of an epoch, s']:.3f}", "1 s")
+    row("seek to the middle of epoch 1000, s", lambda r: f"{r['second start']['seek to epoch 1000, s']:.4f}", "at once")
+    row("records of that batch of 8, s", lambda r: f"{r['second start']['records of a batch, s']:.4f}")
+    row("peak memory of the first index, MiB", lambda r: f"{r['first index']['peak MiB']:.0f}", "1,536")
+    row(
+        "peak memory of one of its helper processes, MiB",
+        lambda r: f"{r['first index']['peak MiB of a helper process']:.0f}",
+    )
+    row("peak memory of the second start, MiB", lambda r: f"{r['second start']['peak MiB']:.0f}", "1,536")
+    row("the same without any picture (imports), MiB", lambda r: f"{r['bare walk']['peak MiB']:.0f}")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--pictures", type=int, nargs="+", default=[10_000, 1_000_000])
+    parser.add_argument("--folder", type=Path, help="where to write; default: a temporary folder, deleted afterwards")
+    parser.add_argument("--stage", choices=STAGES, help=argparse.SUPPRESS)
+    parser.add_argument("--root", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--cache", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.stage:
+        be_stage(arguments.stage, arguments.root, arguments.cache)
+    elif arguments.folder:
+        print(report({count: measure(count, arguments.folder) for count in arguments.pictures}))
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            print(report({count: measure(count, Path(folder)) for count in arguments.pictures}))
+
+
+if __name__ == "__main__":
+    main()
