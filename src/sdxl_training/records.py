@@ -27,16 +27,19 @@ class ImageRecord:
     """One readable picture of a source folder, before it is decoded.
 
     `sample_id` is stable across machines and moves of the folder: it hashes the source's number and the relative path.
-    `content_hash` is the BLAKE2b digest of the file's bytes (hex).
+    `content_hash` is the BLAKE2b digest of the file's bytes (hex). `captions` are alternatives as they were written, at
+    least one. `tags` are those of the first, or given beside it; prose has none of its own. `source` counts the sources
+    from 0.
     """
 
     sample_id: int
     path: str
     size_hw: SizeHW
     content_hash: str
-    caption: str
+    captions: tuple[str, ...]
     tags: tuple[str, ...]
     repeats: int = 1
+    source: int = 0
 
 
 @dataclass(frozen=True, slots=True, order=True)

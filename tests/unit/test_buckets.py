@@ -44,7 +44,7 @@ sides = st.integers(1, 6000)
 
 
 def record(number: int, size_hw: tuple[int, int], repeats: int = 1) -> ImageRecord:
-    return ImageRecord(number, f"/pictures/{number}.png", size_hw, f"{number:032x}", "a", ("a",), repeats)
+    return ImageRecord(number, f"/pictures/{number}.png", size_hw, f"{number:032x}", ("a",), ("a",), repeats)
 
 
 def sizes_of(buckets) -> list[tuple[int, int]]:

@@ -57,7 +57,7 @@ def make_record(folder: Path, number: int, size_hw=(16, 16), seed: int | None = 
     path = folder / f"{number}.png"
     noise = np.random.default_rng(number if seed is None else seed).integers(0, 256, (*size_hw, 3), np.uint8)
     Image.fromarray(noise).save(path)
-    return ImageRecord(number, str(path), size_hw, hash_content(path.read_bytes()), "a", ("a",))
+    return ImageRecord(number, str(path), size_hw, hash_content(path.read_bytes()), ("a",), ("a",))
 
 
 @pytest.fixture
@@ -128,7 +128,7 @@ def test_the_key_depends_on_all_that_the_latent_depends_on_and_nothing_else(reco
         latent_key(record, plan, "vae 2"),
     ]
     assert len({key, *changes}) == 7
-    moved = replace(record, path="/elsewhere.png", sample_id=99, caption="b", tags=("b",), repeats=4)
+    moved = replace(record, path="/elsewhere.png", sample_id=99, captions=("b",), tags=("b",), repeats=4)
     assert latent_key(moved, plan, "vae") == key
 
 

@@ -69,9 +69,9 @@ def test_records_are_complete_and_in_order(folder):
     ]  # fmt: skip
     record = result.records[1]
     assert record.size_hw == (40, 10)
-    assert record.caption == "blue square ,, small,"
+    assert record.captions == ("blue square ,, small,",)
     assert record.tags == ("blue square", "small")
-    assert record.repeats == 3
+    assert (record.repeats, record.source) == (3, 0)
     assert record.content_hash == hashlib.blake2b(Path(record.path).read_bytes(), digest_size=16).hexdigest()
     assert result.quarantined == ()
     assert result.left_out == ()
@@ -98,6 +98,7 @@ def test_sample_ids_follow_the_folder_and_tell_sources_apart(folder, tmp_path):
     assert [record.sample_id for record in first.records] == [record.sample_id for record in moved.records]
     twice = run(tmp_path / "moved", tmp_path / "moved")
     assert len({record.sample_id for record in twice.records}) == 8
+    assert [record.source for record in twice.records] == [0] * 4 + [1] * 4
     assert all(0 <= record.sample_id < 2**63 for record in twice.records)
 
 
@@ -146,7 +147,23 @@ def test_only_what_changed_is_opened_again(folder, monkeypatch):
 def test_captions_are_read_anew_each_time(folder):
     run(folder)
     (folder / "b.txt").write_text("new")
-    assert run(folder).records[2].caption == "new"
+    assert run(folder).records[2].captions == ("new",)
+
+
+def test_captions_are_read_as_the_settings_say(folder):
+    (folder / "b.txt").write_text("a fox, running\n\n (red, blue:1.2), c \n")
+
+    def read(**options):
+        record = run(folder, **options).records[2]
+        return record.captions, record.tags
+
+    whole = ("a fox, running\n\n (red, blue:1.2), c",)
+    lines = ("a fox, running", "(red, blue:1.2), c")
+    assert read(kind="prose") == (whole, ())
+    assert read(kind="prose", alternatives="lines") == (lines, ())
+    assert read(alternatives="lines") == (lines, ("a fox", "running")), "the tags are those of the first"
+    assert read()[1][1:] == ("running\n\n (red", "blue:1.2)", "c")
+    assert read(weights=True)[1][1:] == ("running\n\n (red, blue:1.2)", "c")
 
 
 def test_a_file_just_written_is_not_trusted_next_time(folder, tmp_path):
@@ -245,7 +262,7 @@ def test_missing_captions_are_refused_with_names_count_and_remedy(folder):
     assert "c5.png" not in text
     assert "and 2 more" in text
     assert "data.captions.missing to empty" in text
-    assert [record.caption for record in run(folder, missing="empty").records].count("") == 7
+    assert [record.captions for record in run(folder, missing="empty").records].count(("",)) == 7
     result = run(folder, missing="leave_out")
     assert len(result.records) == 4
     assert [Path(path).name for path in result.left_out] == [f"c{i}.png" for i in range(7)]

@@ -11,13 +11,14 @@ from pathlib import Path
 
 from torch import Tensor
 
+from sdxl_training.assemble.captions import caption_files, refuse_absent_tags
 from sdxl_training.config.schema import Config, cache_folder
 from sdxl_training.data.bucket_lists import GENERATORS, buckets_at_resolutions, listed_buckets
 from sdxl_training.data.buckets import Fitting, PicturePlan, plan_resolutions
 from sdxl_training.data.cache import CacheItem, LatentCache, cache_items, fill
 from sdxl_training.data.crops import Cut
 from sdxl_training.data.sampler import BatchSchedule, batch_sizes
-from sdxl_training.data.scan import CaptionFiles, Quarantined, Source, scan
+from sdxl_training.data.scan import Quarantined, Source, scan
 from sdxl_training.parallel.group import Group
 from sdxl_training.records import Bucket, UserError
 from sdxl_training.tracking.progress import Progress
@@ -38,10 +39,10 @@ class FoundPictures:
 def find_pictures(config: Config, progress: Progress) -> FoundPictures:
     """Scan the sources and plan every picture; nothing is decoded."""
     data = config.data
-    captions = CaptionFiles(data.captions.extension, data.captions.separator, data.captions.missing)
     sources = [Source(source.path, source.repeats) for source in data.sources]
     folder = Path(cache_folder(config))
-    found = scan(sources, captions, folder / INDEX_NAME, progress)
+    found = scan(sources, caption_files(data.captions), folder / INDEX_NAME, progress)
+    refuse_absent_tags(config, found.records)
     sizes, crop = data.buckets, data.crop
     fitting = Fitting(sizes.small_pictures, sizes.resolutions, sizes.max_crop)
     cut = Cut(crop.position, crop.variants, crop.flip, crop.seed)
@@ -133,7 +134,7 @@ class Dataset:
             "images a step (batch_size x accumulation x processes)": self._images_a_step(),
             "which pictures there are": _digest(record.sample_id for record in records),
             "the pictures' content, size, crop or VAE": _digest(key for keys in self.keys for key in keys),
-            "captions": _digest(record.tags for record in records),
+            "captions": _digest((record.captions, record.tags) for record in records),
             "repeats": _digest(record.repeats for record in records),
         }
 

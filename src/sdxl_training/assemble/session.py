@@ -5,16 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
+from sdxl_training.assemble.captions import build_tokenizer, caption_rules, check_captions
 from sdxl_training.assemble.dataset import Dataset, prepare_dataset
 from sdxl_training.assemble.folder import RunFolder
 from sdxl_training.assemble.objective import build_coupling, build_noise, build_objective
 from sdxl_training.assemble.parts import build_update
 from sdxl_training.assemble.resume import check_fits, load_weights, restore
 from sdxl_training.config.schema import Config
-from sdxl_training.data.captions import CaptionRules, join_tags
 from sdxl_training.data.loader import MicroBatches, open_loader, to_batch
 from sdxl_training.data.sampler import slots_of_part
 from sdxl_training.memory.checkpointing import recompute_activations
@@ -22,7 +22,7 @@ from sdxl_training.memory.precision import autocast
 from sdxl_training.model.latents import encode_latents, vae_fingerprint
 from sdxl_training.model.load import load_sdxl
 from sdxl_training.model.sdxl import SDXL
-from sdxl_training.model.text import caption_tokenizer, encode_text
+from sdxl_training.model.text import CaptionTokenizer, encode_text
 from sdxl_training.parallel.group import Group
 from sdxl_training.records import Batch, Draw
 from sdxl_training.tracking.meters import Meter
@@ -41,6 +41,7 @@ class Session:
     progress: Progress
     sdxl: SDXL
     dataset: Dataset
+    tokenizer: CaptionTokenizer
     micro_batches: MicroBatches
     run: Run
     meter: Meter = field(default_factory=Meter)
@@ -63,11 +64,17 @@ class Session:
                 yield [to_batch(raw, encode, device) for raw in raw_batches]
 
     def largest_batch(self) -> list[Batch]:
-        """Return micro-batches of the heaviest update, as many as an update has; for a rehearsal."""
+        """Return micro-batches of the heaviest update, as many as an update has; for a rehearsal.
+
+        Their captions are as long as captions get, whatever the first picture's is.
+        """
         bucket = self.dataset.heaviest_bucket
         record, samples = self.dataset.plan.by_bucket[bucket][0], self.dataset.schedule.global_batches[bucket]
         slots = slots_of_part(samples, 0, self.micro_batches.parts)
         raw = self.micro_batches.collect([Draw(record, 0)] * len(slots), slots, samples)
+        longest = [self.tokenizer.longest_caption()] * len(slots)
+        ids_1_BL, ids_2_BL, weights_EBL = self.tokenizer.with_weights(longest)
+        raw = replace(raw, ids_1_BL=ids_1_BL, ids_2_BL=ids_2_BL, weights_EBL=weights_EBL)
         batch = to_batch(raw, partial(encode_text, self.sdxl), self.group.device)
         return [batch] * self.config.training.accumulation
 
@@ -97,9 +104,10 @@ def open_session(
         recompute_activations(sdxl.unet)
     encode, fingerprint = partial(encode_latents, sdxl.vae), vae_fingerprint(sdxl.vae)
     dataset = prepare_dataset(config, group, progress, encode, fingerprint, one_batch=dry_run)
+    tokenizer = build_tokenizer(config, sdxl)
     if group.is_main:
         folder.write_quarantine(dataset.quarantined)
-        _warn_of_long_captions(sdxl, dataset, config.data.captions.separator, progress)
+        check_captions(config, tokenizer, dataset.plan.records, progress)
     objective = build_objective(config, group.device)
     run = Run(
         model=group.wrap(sdxl.unet),
@@ -112,19 +120,11 @@ def open_session(
     if checkpoint is not None:
         check_fits(checkpoint, config, dataset.fingerprint)
         restore(run, checkpoint, progress)
-    return Session(config, folder, group, progress, sdxl, dataset, _micro_batches(config, group, sdxl, dataset), run)
+    micro_batches = _micro_batches(config, group, tokenizer, dataset)
+    return Session(config, folder, group, progress, sdxl, dataset, tokenizer, micro_batches, run)
 
 
-def _warn_of_long_captions(sdxl: SDXL, dataset: Dataset, separator: str, progress: Progress) -> None:
-    captions = [join_tags(record.tags, separator) for record in dataset.plan.records]
-    cut = caption_tokenizer(sdxl).count_truncated(captions)
-    if cut:
-        length = sdxl.tokenizer.model_max_length
-        progress.message(f"captions longer than {length} tokens: {cut}; what lies beyond is never seen by the model")
-
-
-def _micro_batches(config: Config, group: Group, sdxl: SDXL, dataset: Dataset) -> MicroBatches:
-    captions = config.data.captions
+def _micro_batches(config: Config, group: Group, tokenizer: CaptionTokenizer, dataset: Dataset) -> MicroBatches:
     return MicroBatches(
         schedule=dataset.schedule,
         records=dataset.plan.records,
@@ -134,10 +134,8 @@ def _micro_batches(config: Config, group: Group, sdxl: SDXL, dataset: Dataset) -
         read_latent=dataset.cache.read,
         draw_noise=build_noise(config),
         couple=build_coupling(config),
-        tokenize=caption_tokenizer(sdxl),
-        rules=CaptionRules(
-            captions.separator, captions.shuffle, captions.keep_first, captions.tag_dropout, captions.caption_dropout
-        ),
+        tokenize=tokenizer.with_weights,
+        rules=caption_rules(config),
         seed=config.global_config.seed,
         accumulation=config.training.accumulation,
         rank=group.rank,

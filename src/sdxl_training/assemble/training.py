@@ -180,8 +180,8 @@ def draw_preview(session: Session, steps_done: int, trackers: Trackers) -> None:
     previews = session.config.global_config.previews
     if not (session.group.is_main and previews.every_steps and previews.prompts):
         return
-    run, side = session.run, session.config.data.resolution
-    painter = build_painter(session.sdxl, session.sdxl.unet, run.objective, run.precision, session.group.device)
+    run, sdxl, side = session.run, session.sdxl, session.config.data.resolution
+    painter = build_painter(session.config, sdxl, sdxl.unet, run.objective, run.precision, session.group.device)
     path = session.folder.sample(steps_done)
     with session.meter.paused(), run.update.average.swapped_in():
         try:

@@ -1,7 +1,7 @@
 """From the schedule to micro-batches on the device.
 
-Shape legend: B samples of one micro-batch on one rank, C latent channels, H x W latent rows and columns, L tokens,
-D text width, P pooled text width.
+Shape legend: B samples of one micro-batch on one rank, C latent channels, H x W latent rows and columns, E the two text
+encoders, L tokens, D text width, P pooled text width.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
-from sdxl_training.data.captions import CaptionRules, augment
+from sdxl_training.data.captions import CaptionRules, draw_caption
 from sdxl_training.data.crops import variant_of_visit
 from sdxl_training.data.sampler import BatchSchedule, slots_of_part
 from sdxl_training.records import Batch, Conditioning, CropPlan, Draw, ImageRecord, UserError
@@ -30,8 +30,10 @@ DrawNoise = Callable[[Tensor, int, int, int], Tensor]
 """(latent_CHW, seed, visit, sample id) -> noise_CHW, float32."""
 Couple = Callable[[Tensor, Tensor, Sequence[Sequence[str]]], Tensor]
 """(latents_GCHW, noise_GCHW, tags of each caption) of a global batch -> which noise each sample gets, G integers."""
-Tokenize = Callable[[list[str]], tuple[Tensor, Tensor]]
-EncodeText = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+Tokenize = Callable[[list[str]], tuple[Tensor, Tensor, Tensor | None]]
+"""captions -> (ids_1_BL, ids_2_BL, weights_EBL), the last None where captions are read without weights."""
+EncodeText = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
+"""What `Tokenize` returns -> (text_BLD, pooled_BP)."""
 
 PREFETCHED_STEPS = 2
 
@@ -41,13 +43,15 @@ class RawBatch:
     """A micro-batch as workers make it: CPU tensors, captions still as token ids.
 
     latents_BCHW: drawn from the posterior, scaled, fp32. noise_BCHW: fp32. ids_1_BL, ids_2_BL: token ids of the two
-    text encoders. keep_B: False where the caption is dropped. time_ids_B6 and weight_B: fp32.
+    text encoders. weights_EBL: the tokens' weights, fp32; None where captions have none. keep_B: False where the
+    caption is dropped and stands for zeros. time_ids_B6 and weight_B: fp32.
     """
 
     latents_BCHW: Tensor
     noise_BCHW: Tensor
     ids_1_BL: Tensor
     ids_2_BL: Tensor
+    weights_EBL: Tensor | None
     keep_B: Tensor
     time_ids_B6: Tensor
     weight_B: Tensor
@@ -65,6 +69,7 @@ class RawBatch:
             noise_BCHW=self.noise_BCHW.pin_memory(),
             ids_1_BL=self.ids_1_BL.pin_memory(),
             ids_2_BL=self.ids_2_BL.pin_memory(),
+            weights_EBL=None if self.weights_EBL is None else self.weights_EBL.pin_memory(),
             keep_B=self.keep_B.pin_memory(),
             time_ids_B6=self.time_ids_B6.pin_memory(),
             weight_B=self.weight_B.pin_memory(),
@@ -79,8 +84,8 @@ class MicroBatches(Dataset[RawBatch]):
     micro-batches and ranks never changes which samples an update sees. B may differ between buckets.
 
     records, variants, keys and weights are parallel: picture, the ways in which it is prepared, their latents' names
-    for `read_latent`, its loss weight. With `couple`, noise changes hands within the global batch; each process then
-    reads all its latents.
+    for `read_latent`, its loss weight. rules: how captions vary, for each source. With `couple`, noise changes hands
+    within the global batch; each process then reads all its latents.
     """
 
     schedule: BatchSchedule
@@ -91,7 +96,7 @@ class MicroBatches(Dataset[RawBatch]):
     read_latent: ReadLatent
     draw_noise: DrawNoise
     tokenize: Tokenize
-    rules: CaptionRules
+    rules: Sequence[CaptionRules]
     seed: int
     accumulation: int = 1
     rank: int = 0
@@ -126,13 +131,14 @@ class MicroBatches(Dataset[RawBatch]):
     ) -> RawBatch:
         """Return the batch of these draws, all of one bucket; each with its own noise where none is given."""
         captions = [self._caption(draw) for draw in draws]
-        ids_1_BL, ids_2_BL = self.tokenize([caption or "" for caption in captions])
+        ids_1_BL, ids_2_BL, weights_EBL = self.tokenize([caption or "" for caption in captions])
         latents_BCHW = torch.stack([self._latent(draw) for draw in draws])
         return RawBatch(
             latents_BCHW=latents_BCHW,
             noise_BCHW=self._noise(draws, latents_BCHW) if noise_BCHW is None else noise_BCHW,
             ids_1_BL=ids_1_BL,
             ids_2_BL=ids_2_BL,
+            weights_EBL=weights_EBL,
             keep_B=torch.tensor([caption is not None for caption in captions]),
             time_ids_B6=torch.tensor([self._plan(draw).time_ids for draw in draws], dtype=torch.float32),
             weight_B=torch.tensor([self.weights[draw.record] for draw in draws], dtype=torch.float32),
@@ -165,7 +171,7 @@ class MicroBatches(Dataset[RawBatch]):
     def _caption(self, draw: Draw) -> str | None:
         record = self.records[draw.record]
         generator = numpy_generator(self.seed, Stream.CAPTION, draw.visit, record.sample_id)
-        return augment(record.tags, self.rules, generator)
+        return draw_caption(record.captions, self.rules[record.source], generator, record.tags)
 
     def _variant(self, draw: Draw) -> int:
         count = len(self.variants[draw.record])
@@ -269,12 +275,14 @@ def _checked(batch: RawBatch | _Failure) -> RawBatch:
 def to_batch(raw: RawBatch, encode_text: EncodeText, device: torch.device) -> Batch:
     """Copy a micro-batch to the device and encode its captions there.
 
-    Dropped captions get zero text and zero pooled text, SDXL's own null conditioning (`force_zeros_for_empty_prompt` in
-    its diffusers pipeline); their size conditioning stays.
+    Captions that keep_B drops get zero text and zero pooled text, SDXL's own null conditioning
+    (`force_zeros_for_empty_prompt` in its diffusers pipeline); their size conditioning stays.
     """
     keep_B = raw.keep_B.to(device, non_blocking=True)
     text_BLD, pooled_BP = encode_text(
-        raw.ids_1_BL.to(device, non_blocking=True), raw.ids_2_BL.to(device, non_blocking=True)
+        raw.ids_1_BL.to(device, non_blocking=True),
+        raw.ids_2_BL.to(device, non_blocking=True),
+        None if raw.weights_EBL is None else raw.weights_EBL.to(device, non_blocking=True),
     )
     conditioning = Conditioning(
         text_BLD=torch.where(keep_B[:, None, None], text_BLD, torch.zeros_like(text_BLD)),

@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Literal, Protocol, TypeVar
 
-from sdxl_training.data.captions import split_tags
+from sdxl_training.data.captions import split_alternatives, split_tags
 from sdxl_training.data.images import UnreadablePicture, hash_content, read_file, read_size
 from sdxl_training.data.index import FileKey, Header, read_index, write_index
 from sdxl_training.records import ImageRecord, UserError
@@ -49,8 +49,9 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class CaptionFiles:
-    """Where captions are: beside the picture, same name, this extension.
+    """Where captions are: beside the picture, same name, this extension. How they are read: as `CaptionRules` say.
 
+    alternatives: whether a file is one caption or holds one a line.
     missing: what a picture without caption file means. `refuse`: an error; `empty`: an empty caption; `leave_out`: the
     picture does not take part.
     """
@@ -58,10 +59,18 @@ class CaptionFiles:
     extension: str = ".txt"
     separator: str = ","
     missing: Literal["refuse", "empty", "leave_out"] = "refuse"
+    kind: Literal["tags", "prose"] = "tags"
+    alternatives: Literal["none", "lines"] = "none"
+    weights: bool = False
 
     def beside(self, picture: str) -> Path:
         """Return the path of the picture's caption file."""
         return Path(picture).with_suffix("." + self.extension.removeprefix("."))
+
+    def parse(self, text: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Return the captions in a file's text and the tags of the first; prose has none."""
+        captions = split_alternatives(text) if self.alternatives == "lines" else (text,)
+        return captions, split_tags(captions[0], self.separator, self.weights) if self.kind == "tags" else ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +139,7 @@ def scan(sources: Sequence[Source], captions: CaptionFiles, index_path: Path, pr
         elif text is None and captions.missing != "empty":
             without.append(file.path)
         else:
-            records.append(_record(file, header, text or "", captions.separator))
+            records.append(_record(file, header, *captions.parse(text or "")))
     if without and (captions.missing == "refuse" or not records):
         raise UserError(_no_captions(without, len(readable), captions))
     _refuse_collisions(records)
@@ -270,15 +279,16 @@ def _read_caption(path: Path) -> str | Quarantined | None:
         return Quarantined(str(path), f"its caption {path.name} cannot be read: {error.strerror}")
 
 
-def _record(file: PictureFile, header: Header, caption: str, separator: str) -> ImageRecord:
+def _record(file: PictureFile, header: Header, captions: tuple[str, ...], tags: tuple[str, ...]) -> ImageRecord:
     return ImageRecord(
         sample_id=file.sample_id,
         path=file.path,
         size_hw=header.size_hw,
         content_hash=header.content_hash,
-        caption=caption,
-        tags=split_tags(caption, separator),
+        captions=captions,
+        tags=tags,
         repeats=file.repeats,
+        source=file.source,
     )
 
 
