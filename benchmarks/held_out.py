@@ -8,13 +8,14 @@ from pathlib import Path
 
 import torch
 
+from sdxl_training.assemble.captions import build_tokenizer
 from sdxl_training.assemble.dataset import find_pictures
 from sdxl_training.assemble.drawing import load_trained
 from sdxl_training.assemble.objective import build_objective
 from sdxl_training.config.load import load_config
 from sdxl_training.data.images import read_pixels, resize_and_crop, to_model_range
 from sdxl_training.model.latents import encode_latents
-from sdxl_training.model.text import caption_tokenizer, encode_text
+from sdxl_training.model.text import encode_text
 from sdxl_training.objectives.noise import Noise
 from sdxl_training.records import Batch, Conditioning
 from sdxl_training.tracking.progress import SilentProgress
@@ -28,7 +29,7 @@ def held_out_batches(run: Path, pictures: Path) -> list[Batch]:
     config = load_config(run / "config.resolved.yaml", [f"data.sources=[{{path: {pictures}}}]"]).config
     plan = find_pictures(config, SilentProgress()).plan
     sdxl = load_trained(run, device="cpu").sdxl
-    tokenize = caption_tokenizer(sdxl)
+    tokenizer = build_tokenizer(config, sdxl)
     batches = []
     for members in plan.by_bucket.values():
         # The demo set has a few that cannot be read.
@@ -36,7 +37,7 @@ def held_out_batches(run: Path, pictures: Path) -> list[Batch]:
         records, plans = ([parallel[i] for i in whole] for parallel in (plan.records, plan.plans))
         pixels = [to_model_range(resize_and_crop(read_pixels(r.path), p)) for r, p in zip(records, plans, strict=True)]
         latents_BCHW, _ = encode_latents(sdxl.vae, torch.stack(pixels))
-        text_BLD, pooled_BP = encode_text(sdxl, *tokenize([record.caption for record in records]))
+        text_BLD, pooled_BP = encode_text(sdxl, *tokenizer.with_weights([record.captions[0] for record in records]))
         time_ids_B6 = torch.tensor([one.time_ids for one in plans], dtype=torch.float32)
         noise = [Noise()(x0, SEED, 0, record.sample_id) for x0, record in zip(latents_BCHW, records, strict=True)]
         batches.append(

@@ -43,12 +43,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def make_run(folder: Path, model: Path, objective: str) -> Path:
+def make_run(folder: Path, model: Path, objective: str, captions: str = "{}") -> Path:
     """Write what `sample` and `export` read of a run: its configuration and one checkpoint."""
     config = folder / "config.yaml"
     config.write_text(
         f"model: {{source: {model}}}\ndata: {{sources: [{{path: x}}], resolution: 64, "
-        f"buckets: {{step_px: 16, min_side_px: 32, max_side_px: 128}}}}\n"
+        f"buckets: {{step_px: 16, min_side_px: 32, max_side_px: 128}}, captions: {captions}}}\n"
         f"training: {{objective: {objective}, ema: {{type: none}}}}\n"
     )
     run = folder / "run"
@@ -94,6 +94,21 @@ def test_the_exported_folder_draws_the_same(tmp_path: Path, model: Path, objecti
     if objective == "v":  # any step count that divides 1000 evenly: DDIM counts its steps in whole timesteps
         ddim = draw_with_diffusers(tmp_path / "exported", 25, guidance, DDIMScheduler)
         assert numpy.abs(ours - ddim).mean() < 1 / 255
+
+
+@pytest.mark.parametrize("null_mode", ["zeros", "empty_string"])
+def test_the_unconditional_side_is_the_same_in_the_exported_folder(tmp_path: Path, model: Path, null_mode: str) -> None:
+    """And it matters: drawn with the other one the picture differs."""
+    drawn = {}
+    for mode in ("zeros", "empty_string"):
+        (tmp_path / mode).mkdir()
+        run = make_run(tmp_path / mode, model, OBJECTIVES["v"], f"{{null_mode: {mode}}}")
+        drawn[mode] = numpy.stack(draw_prompts(run, PROMPTS, Sampling(25, 6.0, 7, grid="trailing"))) / 255.0
+    export(tmp_path / null_mode / "run", None, True, "diffusers", tmp_path / "exported")
+    theirs = draw_with_diffusers(tmp_path / "exported", 25, 6.0)
+    assert numpy.abs(drawn.pop(null_mode) - theirs).mean() < 1 / 255
+    (other,) = drawn.values()
+    assert numpy.abs(other - theirs).mean() > 2 / 255
 
 
 @pytest.mark.parametrize("objective", OWN_LABELS)

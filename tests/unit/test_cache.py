@@ -2,6 +2,7 @@
 
 import pickle
 from dataclasses import replace
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -10,7 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sdxl_training.data.buckets import Fitting, plan_crop
-from sdxl_training.data.cache import LatentCache, Reasons, _digests_one_by_one, plan_digests, projected_bytes
+from sdxl_training.data.cache import (
+    SIDE_BITS,
+    LatentCache,
+    Reasons,
+    _digests_one_by_one,
+    plan_digest,
+    plan_digests,
+    projected_bytes,
+)
 from sdxl_training.data.crops import Cut
 from sdxl_training.data.images import digest_content
 from sdxl_training.data.lazy import Lazy
@@ -84,6 +93,25 @@ def test_a_change_of_the_code_changes_every_key(tmp_path, monkeypatch):
     before = LatentCache(tmp_path, "vae").key(CONTENT, PLAN)
     monkeypatch.setattr("sdxl_training.data.cache.CODE_VERSION", 99)
     assert (LatentCache(tmp_path, "vae").key(CONTENT, PLAN) != before).any()
+
+
+def test_the_numbers_of_a_plan_share_no_bit_of_its_digest():
+    """So different plans have different digests."""
+    most = 2**SIDE_BITS - 1
+    nothing = CropPlan((1, 1), (0, 0), (0, 0), Bucket((0, 0)))
+    largest = [
+        replace(nothing, resized_hw=(most, 0)),
+        replace(nothing, resized_hw=(0, most)),
+        replace(nothing, crop_tl=(most, 0)),
+        replace(nothing, crop_tl=(0, most)),
+        replace(nothing, bucket=Bucket((most, 0))),
+        replace(nothing, bucket=Bucket((0, most))),
+        replace(nothing, flipped=True),
+    ]
+    bits = [int.from_bytes(plan_digest(plan), "little") for plan in largest]
+    assert [each.bit_count() for each in bits] == [SIDE_BITS] * 6 + [1]
+    assert all(not one & other for one, other in combinations(bits, 2))
+    assert plan_digest(nothing) == bytes(16)
 
 
 SIZES = st.lists(st.tuples(st.integers(16, 90), st.integers(16, 90)), min_size=1, max_size=30)

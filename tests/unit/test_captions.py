@@ -12,14 +12,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sdxl_training.data.caption_weights import parse_weights, split_outside_brackets
+from sdxl_training.data.caption_weights import escape_lone_brackets, parse_weights, split_outside_brackets
 from sdxl_training.data.captions import (
     CaptionRules,
-    augment,
     draw_caption,
     join_tags,
     split_alternatives,
     split_tags,
+    whole_captions,
 )
 from sdxl_training.records import UserError
 from sdxl_training.rng import Stream, numpy_generator
@@ -48,6 +48,11 @@ all_rules = st.builds(
     back=st.sampled_from([(), ("tag 5",)]),
     weights=st.booleans(),
 )
+
+
+def augment(tags: tuple[str, ...], rules: CaptionRules, generator: np.random.Generator) -> str | None:
+    """Draw from a picture with one caption of these tags."""
+    return draw_caption([",".join(tags)], rules, generator)
 
 
 def generator(visit: int, sample_id: int = 5) -> np.random.Generator:
@@ -158,7 +163,11 @@ def test_files_of_alternatives():
 )
 def test_prose_stays_as_it_is(prose, rules, visit, tags):
     rules = replace(rules, kind="prose", caption_dropout=0.0, templates=(), front=(), back=())
-    assert draw_caption([prose], rules, generator(visit), tags) == prose.strip()
+    drawn = draw_caption([prose], rules, generator(visit), tags)
+    if rules.weights:
+        assert parse_weights(drawn) == parse_weights(prose.strip()), "but for the way lone brackets are written"
+    else:
+        assert drawn == prose.strip()
 
 
 def test_templates_are_filled_once_and_only_where_there_is_something_to_say():
@@ -201,6 +210,17 @@ def test_separators():
     assert join_tags(("a", "b"), " || ") == "a || b"
     assert join_tags(("a", "b"), " ") == "a b"
     assert augment((), CaptionRules(shuffle=True, tag_dropout=0.5), np.random.default_rng(0)) == ""
+
+
+def test_whole_captions_are_those_of_the_visits_but_for_what_drops_out_or_moves():
+    rules = CaptionRules(templates=TEMPLATES, front=("new",), shuffle=True, tag_dropout=0.5, caption_dropout=0.5)
+    calm = replace(rules, shuffle=False, tag_dropout=0.0, caption_dropout=0.0)
+    for kind in ("tags", "prose"):
+        alternatives, tags = ["a, new, b", "c, d"], ["new", "x", "y"]
+        drawn = {draw_caption(alternatives, replace(calm, kind=kind), generator(v), tags) for v in range(200)}
+        assert len(drawn) == 6 or (kind == "prose" and len(drawn) == 5), "{tags} is the same for both proses"
+        assert set(whole_captions(alternatives, replace(rules, kind=kind), tags)) == drawn
+    assert whole_captions(["a", ""], CaptionRules()) == ["a", ""]
 
 
 # Brackets
@@ -292,6 +312,33 @@ def test_weights_that_no_state_survives_are_refused(caption):
     with pytest.raises(UserError, match="weights lie between -10 and 10") as error:
         parse_weights(caption)
     assert repr(caption) in str(error.value)
+
+
+@given(caption=brackets, others=st.tuples(brackets, brackets))
+def test_brackets_without_partner_find_none_in_other_text(caption, others):
+    """Pieces stay as they are wherever they stand, provided that the other text keeps its brackets to itself, too."""
+    escaped = escape_lone_brackets(caption)
+    assert parse_weights(escaped) == parse_weights(caption)
+    before, after = map(escape_lone_brackets, others)
+    together = by_character(parse_weights(f"{before},{escaped},{after}"))
+    alone = [*parse_weights(before), (",", 1.0), *parse_weights(caption), (",", 1.0), *parse_weights(after)]
+    assert together == by_character(alone)
+
+
+def test_shuffled_tags_keep_their_weights_whatever_brackets_they_hold():
+    rules = CaptionRules(shuffle=True, weights=True, templates=("({caption}), x",))
+    caption = "year:20), (odd, :(, (red hair, blue:1.2), o\\"
+    weights = {"year:20)": 1.1, "(odd": 1.1, ":(": 1.1, "red hair, blue": 1.1 * 1.2, "o\\": 1.1}
+    orders = set()
+    for visit in range(50):
+        drawn = draw_caption([caption], rules, generator(visit))
+        orders.add(drawn)
+        pieces = by_character(parse_weights(drawn))
+        text = "".join(character for character, _ in pieces)
+        for tag, weight in weights.items():
+            place = text.index(tag)
+            assert [w for _, w in pieces[place : place + len(tag)]] == pytest.approx([weight] * len(tag))
+    assert len(orders) > 20
 
 
 @given(caption=brackets)

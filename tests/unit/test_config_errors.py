@@ -52,6 +52,10 @@ def test_the_message_is_the_one_of_the_design(tmp_path):
         ("global_config.checkpoints.every_step", "global_config.checkpoints.every_steps"),
         ("data.sources.0.repeat", "data.sources.0.repeats"),
         ("data.max_side_px", "data.buckets.max_side_px"),
+        ("training.max_token_length", "data.captions.max_tokens"),
+        ("data.weighted_captions", "data.captions.weights"),
+        ("data.caption_prefix", "data.sources.0.add_tags.front"),
+        ("data.captions.enable_wildcard", "data.captions.alternatives"),
     ],
 )
 def test_misspelt_keys_get_the_nearest_name(tmp_path, key, meant):
@@ -165,6 +169,20 @@ def test_epsilon_at_snr_0_is_explained(tmp_path):
             "the largest of data.buckets.sizes = 8192",
         ),
         (["global_config.previews.shift=0"], "global_config.previews.shift", "from 0.01"),
+        (["data.captions={kind: prose, tag_dropout: 0.1}"], "data.captions.tag_dropout", "no effect with kind: prose"),
+        (["data.captions={kind: prose, keep_first: 2}"], "data.captions.keep_first", "no effect with kind: prose"),
+        (
+            ["data.captions={kind: prose, keep_first: 2, templates: ['{caption}!']}"],
+            "data.captions.keep_first",
+            "no template with {tags}; delete this line",
+        ),
+        (["data.captions.max_tokens=77"], "data.captions.max_tokens", "must be 75, 150 or 225"),
+        (["data.captions.templates=[a picture]"], "data.captions.templates.0", "text with {caption} or {tags}"),
+        (["data.captions.templates=['{tags} {name}']"], "data.captions.templates.0", "and no other braces"),
+        (["data.captions.templates=['{tags}', '{}{tags}']"], "data.captions.templates.1", "and no other braces"),
+        (["data.captions.templates='{tags}'"], "data.captions.templates", "must be a list"),
+        (["data.sources.0.add_tags.front=['new, ']"], "data.sources.0.add_tags.front.0", "without blanks at its ends"),
+        (["data.sources.0.add_tags.back=['']"], "data.sources.0.add_tags.back.0", "text in one line without blanks"),
     ],
 )
 def test_rules_between_settings(tmp_path, overrides, place, words):
@@ -186,6 +204,9 @@ def test_rules_between_settings(tmp_path, overrides, place, words):
         ["data.buckets={generator: sdxl, step_px: 32}", "data.lower_resolutions=[512]"],
         ["data.crop={position: random, variants: 2}"],
         ["training.pixels_per_batch=1048576"],
+        ["data.captions={kind: prose, keep_first: 1, tag_dropout: 0.0, shuffle: false}"],
+        ["data.captions={kind: prose, keep_first: 2, tag_dropout: 0.5, templates: ['{caption}', '{tags}: {caption}']}"],
+        ['data.captions={max_tokens: 225, templates: ["{caption}\\n{tags}"]}', "data.sources.0.add_tags.front=[a b]"],
     ],
 )
 def test_the_remedies_work(tmp_path, overrides):

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
+from sdxl_training.config import data as data_module
 from sdxl_training.config import load_config
 from sdxl_training.config import schema as schema_module
 from sdxl_training.config.__main__ import FILES
@@ -15,7 +16,8 @@ from sdxl_training.config.tree import parse_yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))
-SECTIONS = [each for each in vars(schema_module).values() if isinstance(each, type) and issubclass(each, Section)]
+NAMES = vars(schema_module) | vars(data_module)
+SECTIONS = [each for each in NAMES.values() if isinstance(each, type) and issubclass(each, Section)]
 TEXT = (ROOT / "src" / "config.yaml").read_text(encoding="utf-8")
 
 
@@ -26,7 +28,9 @@ def test_written_files_are_up_to_date(path):
 
 def test_config_yaml_holds_exactly_the_defaults():
     values = parse_yaml(TEXT, "config.yaml").plain()
-    assert values["data"].pop("sources") == [{"path": "path/to/pictures", "repeats": 1}]
+    assert values["data"].pop("sources") == [
+        {"path": "path/to/pictures", "repeats": 1, "add_tags": {"front": [], "back": []}}
+    ]
     assert values == json.loads(json.dumps(default_values()))
 
 

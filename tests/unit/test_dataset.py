@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from sdxl_training.assemble.dataset import Dataset, arithmetic, prepare_dataset
 from sdxl_training.config.schema import Config
 from sdxl_training.parallel.group import Group
-from sdxl_training.records import Bucket
+from sdxl_training.records import Bucket, UserError
 from sdxl_training.tracking.progress import SilentProgress
 
 IMAGES_A_STEP = "images a step (batch_size x accumulation x processes)"
@@ -78,6 +79,42 @@ def test_the_fingerprint_of_a_constant_batch_is_what_it_was(pictures: Path, tmp_
     assert all(len(keys) == 1 for keys in dataset.keys)
     assert dataset.fingerprint["the pictures' content, size, crop or VAE"] == digest([key for (key,) in dataset.keys])
     assert dataset.fingerprint["repeats"] == digest([1] * 10)
+    captions = [[[f"picture, {number}"], ["picture", str(number)]] for number in range(10)]
+    assert dataset.fingerprint["captions"] == digest(captions)
+
+
+def changed_by(folder: Path, output: Path, change: Callable[[], object], **data: Any) -> set[str]:
+    """Return the parts of the fingerprint that a change of the pictures' folder changes."""
+    before, _, after = dataset_of(folder, output, **data)[1], change(), dataset_of(folder, output, **data)[1]
+    return {name for name, value in before.fingerprint.items() if after.fingerprint[name] != value}
+
+
+def test_every_alternative_is_part_of_the_fingerprint(pictures: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "pictures"
+    shutil.copytree(pictures, folder)
+    lines = {"captions": {"alternatives": "lines"}}
+    assert changed_by(folder, tmp_path, lambda: None, **lines) == set()
+    write = (folder / "3.txt").write_text
+    assert changed_by(folder, tmp_path, lambda: write("picture, 3\nanother"), **lines) == {"captions"}
+    assert changed_by(folder, tmp_path, lambda: write("picture, 3\nanother one"), **lines) == {"captions"}
+    prose = {"captions": {"kind": "prose"}}
+    assert changed_by(folder, tmp_path, lambda: write("picture; 3"), **prose) == {"captions"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"captions": {"templates": ["{tags}"]}}, r"data\.captions\.templates: .* none of the 10 pictures has any"),
+        ({"training": {"coupling": {"type": "conditional_transport"}}}, r"training\.coupling\.type = conditional_"),
+    ],
+)
+def test_what_asks_for_tags_that_prose_does_not_have_is_refused(
+    pictures: Path, tmp_path: Path, changes: dict[str, Any], words: str
+) -> None:
+    kept = {"training": changes.get("training")}
+    dataset_of(pictures, tmp_path, **kept, captions=changes.get("captions", {}))
+    with pytest.raises(UserError, match=words):
+        dataset_of(pictures, tmp_path, **kept, captions={"kind": "prose", **changes.get("captions", {})})
 
 
 def test_batches_by_pixels_differ_between_buckets_and_have_a_fingerprint(pictures: Path, tmp_path: Path) -> None:

@@ -251,6 +251,19 @@ def test_when_nothing_can_be_used_it_ends(folder, tmp_path):
     assert rig.fill() == FillReport(0)
 
 
+def test_of_a_piece_only_what_is_missing_is_opened(folder, tmp_path):
+    """Not what is known to be of no use, nor what is there."""
+    rig = Rig(folder, tmp_path)
+    rig.plan = rig.plan.subset([0, 1, 2, 3])
+    rig.fill()
+    rig.plan = plan_of(folder.records)
+    rig.known.fail(7, "it was damaged when somebody tried")
+    folder.opened.clear()
+    assert rig.fill().encoded == {"new": 5}
+    assert sorted(folder.opened) == [4, 5, 6, 8, 9]
+    rig.check(7)
+
+
 @pytest.mark.parametrize("posterior", ["mean", "sample"])
 def test_latents_with_deviation_serve_as_means(folder, tmp_path, posterior):
     rig = Rig(folder, tmp_path, posterior=posterior)

@@ -56,7 +56,7 @@ class Crew:
 
         known, cache = SharedKnown(len(self.folder.records), self.path / "known"), LatentCache(self.cache, "vae")
         progress = Silent()
-        with StoreWriter(self.cache, name=name) as writer, Claims(self.path / "claims") as claims:
+        with StoreWriter(self.cache, name=name) as writer, Claims(self.cache / "claims") as claims:
             encoder = Encoder(encode, torch.device("cpu"), BATCH, cache, writer)
             fill = Fill(self.plan, self.folder, known, cache, encoder, CpuPreparer(2), claims, start)
             fill.run(progress)

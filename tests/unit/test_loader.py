@@ -27,10 +27,9 @@ from sdxl_training.records import Bucket, ImageRecord, Quarantined, UserError
 BUCKETS = [Bucket((16, 16)), Bucket((16, 32))]
 SIZES = [(16, 16), (20, 40)]
 RECORDS = [
-    ImageRecord(
-        1000 + i, f"/p/{i}.png", SIZES[i % 3 == 0], ("",), tuple(f"t{i}{k}" for k in range(5)), 1 + i % 2, picture=i
-    )
+    ImageRecord(1000 + i, f"/p/{i}.png", SIZES[i % 3 == 0], (", ".join(tags),), tags, 1 + i % 2, picture=i)
     for i in range(17)
+    for tags in [tuple(f"t{i}{k}" for k in range(5))]
 ]
 PLANS = [plan_crop(record.size_hw, BUCKETS) for record in RECORDS]
 
@@ -52,7 +51,14 @@ class Latents:
 
 def tokenize(captions):
     ids = [[ord(c) for c in caption.ljust(40)] for caption in captions]
-    return torch.tensor(ids), torch.tensor(ids) + 1
+    return torch.tensor(ids), torch.tensor(ids) + 1, None
+
+
+def tokenize_with_weights(captions):
+    """Every token's weight tells its caption and its encoder."""
+    ids_1_BL, ids_2_BL, _ = tokenize(captions)
+    weights_EBL = torch.stack([ids_1_BL, ids_2_BL]).float() / 100
+    return ids_1_BL, ids_2_BL, weights_EBL
 
 
 def micro_batches(batch_size=4, accumulation=1, rank=0, world_size=1, seed=3, **changes) -> MicroBatches:
@@ -67,7 +73,7 @@ def micro_batches(batch_size=4, accumulation=1, rank=0, world_size=1, seed=3, **
         "fetch": Latents(),
         "draw_noise": Noise(),
         "tokenize": tokenize,
-        "rules": CaptionRules(shuffle=True, tag_dropout=0.2, caption_dropout=0.3),
+        "rules": [CaptionRules(shuffle=True, tag_dropout=0.2, caption_dropout=0.3)],
         "seed": seed,
         "accumulation": accumulation,
         "rank": rank,
@@ -87,9 +93,11 @@ def joined(batches: list[RawBatch]) -> RawBatch:
     assert {batch.global_batch for batch in batches} == {sum(len(batch.slots) for batch in batches)}
     parts = {field.name: [getattr(batch, field.name) for batch in batches] for field in fields(RawBatch)}
     del parts["step"], parts["global_batch"], parts["unencoded"]
+    weights = parts.pop("weights_EBL")
     whole = {
         name: torch.cat(part) if isinstance(part[0], torch.Tensor) else sum(part, ()) for name, part in parts.items()
     }
+    whole["weights_EBL"] = None if weights[0] is None else torch.cat(weights, dim=1)
     return RawBatch(**whole, step=batches[0].step, global_batch=batches[0].global_batch)
 
 
@@ -152,7 +160,7 @@ def test_splitting_an_update_does_not_change_its_samples(alone, batch_size, accu
 
 
 def test_a_visit_draws_afresh_and_latents_follow_the_posterior():
-    dataset = micro_batches(4, rules=CaptionRules())
+    dataset = micro_batches(4, rules=[CaptionRules()])
     noise, drawn = [], {}
     for step in range(400):
         batch = dataset[step]
@@ -233,6 +241,62 @@ def test_updates_of_several_sizes_are_split_equally(couple, accumulation, world_
         assert same(joined(parts), whole[step])
         sizes.add((whole[step].latents_BCHW.shape[-1], whole[step].global_batch))
     assert sizes == {(2, 8), (4, 4)}
+
+
+# --- captions --------------------------------------------------------------------------------------------------------
+
+
+def texts(batch: RawBatch) -> list[str]:
+    return ["".join(map(chr, row)).rstrip() for row in batch.ids_1_BL.tolist()]
+
+
+def test_every_source_has_its_own_rules():
+    records = [replace(record, source=i % 2) for i, record in enumerate(RECORDS)]
+    rules = [CaptionRules(front=("first",)), CaptionRules(front=("second",), caption_dropout=1.0)]
+    dataset = micro_batches(records=records, rules=rules)
+    seen = set()
+    for step in range(20):
+        batch = dataset[step]
+        for sample_id, text, keep in zip(batch.sample_ids, texts(batch), batch.keep_B.tolist(), strict=True):
+            source = sample_id % 2
+            first = f"first, {records[sample_id - 1000].captions[0]}"[:40]
+            assert (text, keep) == ((first, True), ("", False))[source]
+            seen.add(source)
+    assert seen == {0, 1}
+
+
+def test_a_visit_draws_among_the_alternatives_and_the_tags_beside_them():
+    records = [replace(record, captions=("a fox", "b, fox"), tags=("x", "y")) for record in RECORDS]
+    rules = [CaptionRules(kind="prose", templates=("{caption} | {tags}",), shuffle=True)]
+    dataset = micro_batches(records=records, rules=rules)
+    seen = {text for step in range(20) for text in texts(dataset[step])}
+    assert seen == {f"{fox} | {tags}" for fox in ("a fox", "b, fox") for tags in ("x, y", "y, x")}
+
+
+def test_a_caption_that_is_dropped_may_be_the_empty_string():
+    dataset = micro_batches(rules=[CaptionRules(caption_dropout=0.5, null_mode="empty_string")])
+    batches = [dataset[step] for step in range(10)]
+    assert all(batch.keep_B.all() for batch in batches)
+    empty = sum(text == "" for batch in batches for text in texts(batch))
+    assert 0 < empty < 40
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_weights_reach_the_encoders_with_their_tokens(workers):
+    whole = micro_batches(4, tokenize=tokenize_with_weights)
+    halves = list(open_loader(micro_batches(2, 2, tokenize=tokenize_with_weights), 0, 4, workers, pin=False))
+    given = []
+
+    def encode_text(ids_1_BL, ids_2_BL, weights_EBL):
+        given.append((ids_1_BL, ids_2_BL, weights_EBL))
+        return torch.zeros(*ids_1_BL.shape, 3), torch.zeros(len(ids_1_BL), 5)
+
+    for step, parts in enumerate(halves):
+        assert same(joined(parts), whole[step])
+        to_batch(whole[step], encode_text, Pixels().encode, torch.device("cpu"))
+        ids_1_BL, ids_2_BL, weights_EBL = given[-1]
+        assert torch.equal(ids_1_BL, whole[step].ids_1_BL)
+        assert torch.equal(weights_EBL, torch.stack([ids_1_BL, ids_2_BL]).float() / 100)
 
 
 # --- coupling --------------------------------------------------------------------------------------------------------
@@ -321,7 +385,7 @@ def test_a_latent_that_is_not_finite_is_refused_by_name(value):
         list(open_loader(micro_batches(fetch=fetch), 0, 20, workers=0, pin=False))
 
 
-# --- pictures that cannot be used, and pictures that are not encoded yet ------------------------------------------------
+# --- pictures that cannot be used, and pictures that are not encoded yet ---------------------------------------------
 
 
 def neighbour(number: int, bad: tuple[int, ...]) -> int:
@@ -385,7 +449,7 @@ class Pixels:
         return found
 
 
-def no_text(ids_1_BL, ids_2_BL):
+def no_text(ids_1_BL, ids_2_BL, weights_EBL):
     return ids_1_BL[..., None].float(), ids_2_BL.float()
 
 
@@ -496,12 +560,13 @@ def test_a_split_that_does_not_fit_the_schedule_is_refused():
 def test_dropped_captions_become_zeros_and_keep_their_sizes():
     raw = next(raw for raw in map(micro_batches().__getitem__, range(50)) if 0 < raw.keep_B.sum() < 4)
 
-    def encode_text(ids_1_BL, ids_2_BL):
+    def encode_text(ids_1_BL, ids_2_BL, weights_EBL):
+        assert weights_EBL is None
         text_BLD = torch.stack([ids_1_BL, ids_2_BL], -1).float()
         return text_BLD, text_BLD.mean(1)
 
     batch = to_batch(raw, encode_text, Pixels().encode, torch.device("cpu"))
-    text_BLD, pooled_BP = encode_text(raw.ids_1_BL, raw.ids_2_BL)
+    text_BLD, pooled_BP = encode_text(raw.ids_1_BL, raw.ids_2_BL, None)
     for b, keep in enumerate(raw.keep_B.tolist()):
         assert torch.equal(batch.conditioning.text_BLD[b], text_BLD[b] * keep)
         assert torch.equal(batch.conditioning.pooled_BP[b], pooled_BP[b] * keep)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 from dataclasses import replace
 from datetime import datetime, timezone
@@ -129,6 +130,13 @@ def test_note_and_empty_target(sdxl: SDXL, tmp_path: Path) -> None:
     export_diffusers(sdxl, FLOW, "Flow matching with shift 3.", to)
     assert (to / "README.md").read_text() == "# model\n\nFlow matching with shift 3.\n"
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("zeros", [True, False])
+def test_the_pipeline_is_told_what_no_prompt_is(sdxl: SDXL, tmp_path: Path, zeros: bool) -> None:
+    export_diffusers(sdxl, FLOW, "note", tmp_path / "folder", zeros_for_empty_prompt=zeros)
+    index = json.loads((tmp_path / "folder" / "model_index.json").read_text())
+    assert index["force_zeros_for_empty_prompt"] is zeros
 
 
 def test_nothing_is_overwritten(sdxl: SDXL, tmp_path: Path) -> None:

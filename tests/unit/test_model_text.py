@@ -80,7 +80,6 @@ def test_ids_have_one_length_and_truncation_is_counted(sdxl: SDXL, length: int) 
     letters = min(length, LENGTH - 2)
     assert ids_1_BL[0, 0] == start
     assert ids_1_BL[0, letters + 1] == ids_2_BL[0, letters + 1] == end
-    assert tokenize.count_truncated(["a" * length, "b"]) == int(length > LENGTH - 2)
     assert tokenize.lost_tokens(["a" * length, "b"]) == [max(0, length - ROOM), 0]
 
 
@@ -204,8 +203,19 @@ def test_both_encoders_read_the_same_words_in_a_chunk(unlike: CaptionTokenizer) 
 def test_what_only_one_encoder_loses_is_lost(unlike: CaptionTokenizer) -> None:
     assert replace(unlike, chunks=1).lost_tokens(["!! " * 5, "!! " * 6, "!! " * 11]) == [0, 2, 12]
     assert unlike.lost_tokens(["!! " * 11]) == [2]
-    assert unlike.count_truncated(["!! " * 10, "!! " * 11]) == 1
+    assert unlike.lost_tokens(["!! " * 10, "!! " * 11]) == [0, 2]
     assert unlike(["a!!" * 4])[1].shape == (1, 2 * LENGTH), "one word of 8 tokens for one encoder and 12 for the other"
+
+
+@given(chunks=chunk_counts)
+def test_the_longest_caption_fills_all_chunks_and_loses_nothing(sdxl: SDXL, chunks: int) -> None:
+    tokenize = caption_tokenizer(sdxl, chunks)
+    caption = tokenize.longest_caption()
+    inside = inside_chunks(sdxl, tokenize([caption])[0][0])
+    assert [len(chunk) for chunk in inside] == [ROOM] * chunks
+    assert tokenize.lost_tokens([caption, f"{caption} a"]) == [0, 1]
+    assert tokenize.most_tokens == chunks * ROOM
+    assert set(caption.split()) == {"a"}, "a token of its own in every vocabulary; letters of longer words merge"
 
 
 # Weights

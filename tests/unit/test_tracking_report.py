@@ -171,9 +171,7 @@ def test_everything_a_user_wrote_is_escaped(tmp_path):
     (tmp_path / "config.resolved.yaml").write_text(evil)
     (tmp_path / "samples").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "samples/step-000001.png")
-    given_facts = facts(
-        run_name=evil, prompts=[evil], data="", quarantined={evil: evil}, environment={evil: evil}
-    )
+    given_facts = facts(run_name=evil, prompts=[evil], data="", quarantined={evil: evil}, environment={evil: evil})
     source = write_report(tmp_path, given_facts).read_text()
     assert "<img src=x" not in source
     assert Page(source).text.count(evil) == 9  # title, heading, prompt, bucket, file, reason, config, name, version

@@ -12,7 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
+from sdxl_training.assemble.captions import refuse_absent_tags
 from sdxl_training.assemble.sources import open_pictures
 from sdxl_training.config.schema import Config, cache_folder
 from sdxl_training.data.bucket_lists import GENERATORS, buckets_at_resolutions, listed_buckets
@@ -58,6 +60,7 @@ def find_pictures(config: Config, progress: Progress) -> FoundPictures:
     """
     data = config.data
     pictures, contents = open_pictures(config, progress)
+    refuse_absent_tags(config, pictures)
     sizes, crop = data.buckets, data.crop
     fitting = Fitting(sizes.small_pictures, sizes.resolutions, sizes.max_crop)
     cut = Cut(crop.position, crop.variants, crop.flip, crop.seed)
@@ -158,9 +161,9 @@ class Dataset:
             "images a step (batch_size x accumulation x processes)": self._images_a_step(),
             "which pictures there are": self._which(),
             "the pictures' content, size, crop or VAE": _digest(
-                [*sizes, np.frombuffer(f"{plan.buckets} {plan.cut} {self.vae_fingerprint}".encode(), np.uint8)]
+                [*sizes, _as_bytes(f"{plan.buckets} {plan.cut} {self.vae_fingerprint}")]
             ),
-            "captions": _digest(pictures.captions()),
+            "captions": _digest([*pictures.captions(), *map(_as_bytes, pictures.readings())]),
             "repeats": _digest([plan.repeats]),
         }
 
@@ -179,12 +182,16 @@ class Dataset:
         return _digest_text((str(bucket), size) for bucket, size in sizes.items())
 
 
-def _digest(columns: Iterable[np.ndarray]) -> str:
+def _digest(columns: Iterable[NDArray[np.generic]]) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for column in columns:
         digest.update(f"{column.dtype}{column.shape}".encode())
         digest.update(np.ascontiguousarray(column).tobytes())
     return digest.hexdigest()
+
+
+def _as_bytes(text: str) -> NDArray[np.uint8]:
+    return np.frombuffer(text.encode(), np.uint8)
 
 
 def _digest_text(items: Iterable[object]) -> str:

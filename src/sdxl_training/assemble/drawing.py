@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from sdxl_training.assemble.captions import build_tokenizer
 from sdxl_training.assemble.folder import RunFolder
 from sdxl_training.assemble.objective import build_objective
 from sdxl_training.config.load import load_config
@@ -23,7 +24,7 @@ from sdxl_training.model.export import export_diffusers, export_single_file, mod
 from sdxl_training.model.latents import decode_latents
 from sdxl_training.model.load import load_sdxl
 from sdxl_training.model.sdxl import SDXL, with_unet_weights
-from sdxl_training.model.text import caption_tokenizer, encode_text
+from sdxl_training.model.text import encode_text
 from sdxl_training.objectives import interchange
 from sdxl_training.objectives.objective import Objective
 from sdxl_training.records import UserError
@@ -48,15 +49,21 @@ class TrainedModel:
 
 
 def build_painter(
-    sdxl: SDXL, model: nn.Module, objective: Objective, precision: AbstractContextManager[object], device: torch.device
+    config: Config,
+    sdxl: SDXL,
+    model: nn.Module,
+    objective: Objective,
+    precision: AbstractContextManager[object],
+    device: torch.device,
 ) -> Painter:
-    """Return a painter that draws with `model`, the U-Net of `sdxl` or what wraps it."""
-    tokenize = caption_tokenizer(sdxl)
+    """Return a painter that draws with `model`, the U-Net of `sdxl` or what wraps it, and reads prompts as captions."""
+    tokenizer = build_tokenizer(config, sdxl)
 
     def encode_prompts(prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        return encode_text(sdxl, *tokenize(prompts))
+        return encode_text(sdxl, *tokenizer.with_weights(prompts))
 
-    return Painter(model, objective, encode_prompts, partial(decode_latents, sdxl.vae), precision, device)
+    zero_null = config.data.captions.null_mode == "zeros"
+    return Painter(model, objective, encode_prompts, partial(decode_latents, sdxl.vae), precision, device, zero_null)
 
 
 def sampling_of(previews: Previews) -> Sampling:
@@ -109,8 +116,9 @@ def draw_prompts(
     trained = load_trained(run_dir, checkpoint, use_ema, device)
     chosen = trained.sdxl.vae.device
     objective = build_objective(trained.config, chosen)
-    painter = build_painter(trained.sdxl, trained.sdxl.unet, objective, autocast("fp32", chosen), chosen)
-    side = trained.config.data.resolution
+    config, sdxl = trained.config, trained.sdxl
+    painter = build_painter(config, sdxl, sdxl.unet, objective, autocast("fp32", chosen), chosen)
+    side = config.data.resolution
     return painter.paint(prompts, (side, side), sampling)
 
 
@@ -147,7 +155,9 @@ def export(run_dir: Path, checkpoint: int | None, use_ema: bool, format: str, to
     config = trained.config
     objective = build_objective(config, trained.sdxl.vae.device)
     if format == "diffusers":
-        export_diffusers(trained.sdxl, interchange.scheduler_config(objective), interchange.describe(objective), to)
+        scheduler, note = interchange.scheduler_config(objective), interchange.describe(objective)
+        zero_null = config.data.captions.null_mode == "zeros"
+        export_diffusers(trained.sdxl, scheduler, note, to, zeros_for_empty_prompt=zero_null)
     else:
         title = f"{config.global_config.run_name}, step {trained.step}"
         size_hw = (config.data.resolution, config.data.resolution)

@@ -317,15 +317,23 @@ def _bytes(count: int) -> str:
 
 
 def caption_figures(
-    source: str, pictures: Pictures, plan: PicturePlan, chunks: int = 1, read: ReadWeights = plain_text
+    source: str,
+    pictures: Pictures,
+    plan: PicturePlan,
+    chunks: int = 1,
+    read: ReadWeights = plain_text,
+    most: int = CAPTIONS_COUNTED,
 ) -> CaptionFigures:
-    """Return the caption figures of a plan of `pictures`. source: of the model. chunks, read: see CaptionTokenizer."""
+    """Return the caption figures of a plan of `pictures`.
+
+    source: of the model. chunks, read: see CaptionTokenizer. most: pictures whose captions are counted.
+    """
     numbers = planned_pictures(plan)
     tokenizers = find_tokenizers(source)
     if tokenizers is None:
         absent = f"the tokenizers of model.source = {source} are not on this machine, and a plan fetches nothing"
         return CaptionFigures(len(numbers), not_counted=absent)
-    counted = evenly_spread(numbers, CAPTIONS_COUNTED)
+    counted = evenly_spread(numbers, most)
     tokenizer = CaptionTokenizer(*tokenizers, chunks, read=read)
     return count_captions(captions_of(pictures, counted), tokenizer, len(numbers), len(counted))
 

@@ -13,10 +13,17 @@ from PIL import Image
 from rich.console import Console
 
 from sdxl_training.assemble.dataset import FoundPictures, build_schedule, find_pictures, latent_folder
-from sdxl_training.assemble.plan_report import CacheState, PlanReport, build_plan_report, caption_figures
+from sdxl_training.assemble.plan_report import (
+    CAPTIONS_COUNTED,
+    CacheState,
+    PlanReport,
+    build_plan_report,
+    caption_figures,
+)
 from sdxl_training.config.load import LoadedConfig
 from sdxl_training.config.schema import Config
 from sdxl_training.data.cache import LatentCache, Reasons, projected_bytes
+from sdxl_training.data.caption_weights import parse_weights
 from sdxl_training.data.contact_sheet import draw_sheet, worst_crop_cells, write_sheet
 from sdxl_training.data.demo_set import write_demo_set
 from sdxl_training.data.remote import shown
@@ -30,6 +37,7 @@ from sdxl_training.data.statistics import (
 )
 from sdxl_training.model.latents import set_up_vae, vae_fingerprint
 from sdxl_training.model.load import is_local, load_vae
+from sdxl_training.model.text import plain_text
 from sdxl_training.tracking.progress import ConsoleProgress
 
 REASONED = 20_000  # records that lack a latent and are asked why; of more, so many evenly spread ones speak for all
@@ -65,9 +73,10 @@ def make_report(
 ) -> PlanReport:
     """Return all that is known of a run's data before it begins.
 
-    most: pictures whose tags are counted. cache: that of the run, where it is open.
+    most: pictures whose tags and captions are counted; None: all tags. cache: that of the run, where it is open.
     """
-    training, processes = config.training, int(os.environ.get("WORLD_SIZE", "1"))
+    training, captions, processes = config.training, config.data.captions, int(os.environ.get("WORLD_SIZE", "1"))
+    read = parse_weights if captions.weights else plain_text
     numbers = planned_pictures(found.plan)
     if most is not None:
         numbers = evenly_spread(numbers, most)
@@ -80,8 +89,15 @@ def make_report(
         sources=source_table(found.pictures, found.plan, [shown(source.path) for source in config.data.sources]),
         quarantined=found.quarantined(),
         uncaptioned=found.pictures.left_out,
-        captions=caption_figures(config.model.source, found.pictures, found.plan),
-        tags=tag_table(tags_of(found.pictures, numbers)),
+        captions=caption_figures(
+            config.model.source,
+            found.pictures,
+            found.plan,
+            captions.max_tokens // 75,
+            read,
+            CAPTIONS_COUNTED if most is None else most,
+        ),
+        tags=None if captions.kind == "prose" else tag_table(tags_of(found.pictures, numbers)),
         cache=cache_state(config, found, cache),
     )
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
+from sdxl_training.assemble.captions import build_tokenizer, caption_rules, check_captions
 from sdxl_training.assemble.dataset import (
     Dataset,
     fill_cache,
@@ -22,7 +23,6 @@ from sdxl_training.assemble.objective import build_coupling, build_noise, build_
 from sdxl_training.assemble.parts import build_update
 from sdxl_training.assemble.resume import check_fits, load_weights, restore
 from sdxl_training.config.schema import Config
-from sdxl_training.data.captions import CaptionRules, join_tags
 from sdxl_training.data.encoding import Encoder
 from sdxl_training.data.images import RESAMPLING
 from sdxl_training.data.loader import MicroBatches, RawBatch, open_loader, to_batch
@@ -33,7 +33,7 @@ from sdxl_training.memory.precision import autocast
 from sdxl_training.model.latents import encode_latents, set_up_vae, vae_fingerprint
 from sdxl_training.model.load import load_sdxl
 from sdxl_training.model.sdxl import SDXL
-from sdxl_training.model.text import caption_tokenizer, encode_text
+from sdxl_training.model.text import CaptionTokenizer, encode_text
 from sdxl_training.parallel.group import Group
 from sdxl_training.records import Batch, Draw, Quarantined
 from sdxl_training.tracking.meters import Meter
@@ -56,6 +56,7 @@ class Session:
     dataset: Dataset
     encoder: Encoder
     writer: StoreWriter | None
+    tokenizer: CaptionTokenizer
     micro_batches: MicroBatches
     run: Run
     meter: Meter = field(default_factory=Meter)
@@ -100,12 +101,18 @@ class Session:
             self.folder.write_quarantine(list(everything))
 
     def largest_batch(self) -> list[Batch]:
-        """Return micro-batches of the heaviest update, as many as an update has; for a rehearsal."""
+        """Return micro-batches of the heaviest update, as many as an update has; for a rehearsal.
+
+        Their captions are as long as captions get, whatever the first picture's is.
+        """
         schedule = self.dataset.schedule
         bucket = schedule.heaviest_bucket
         record, samples = int(schedule.members(bucket)[0]), schedule.global_batches[bucket]
         slots = slots_of_part(samples, 0, self.micro_batches.parts)
-        batch = self.to_device(self.micro_batches.collect([Draw(record, 0)] * len(slots), slots, samples))
+        raw = self.micro_batches.collect([Draw(record, 0)] * len(slots), slots, samples)
+        longest = [self.tokenizer.longest_caption()] * len(slots)
+        ids_1_BL, ids_2_BL, weights_EBL = self.tokenizer.with_weights(longest)
+        batch = self.to_device(replace(raw, ids_1_BL=ids_1_BL, ids_2_BL=ids_2_BL, weights_EBL=weights_EBL))
         return [batch] * self.config.training.accumulation
 
     def first_batches(self, count: int) -> list[Batch]:
@@ -142,9 +149,10 @@ def open_session(
     if training.memory.gradient_checkpointing:
         recompute_activations(sdxl.unet)
     dataset = prepare_dataset(config, group, progress, vae_fingerprint(sdxl.vae))
+    tokenizer = build_tokenizer(config, sdxl)
     if group.is_main:
         folder.write_quarantine(())
-        _warn_of_long_captions(sdxl, dataset, config.data.captions.separator, progress)
+        check_captions(config, tokenizer, dataset.plan.records, progress)
     objective = build_objective(config, group.device)
     run = Run(
         model=group.wrap(sdxl.unet),
@@ -162,8 +170,8 @@ def open_session(
     keep = dataset.preparer is None or dataset.preparer.recipe == RESAMPLING
     encode = partial(encode_latents, sdxl.vae)
     encoder = Encoder(encode, group.device, ENCODE_BATCH, dataset.cache, writer if keep else None)
-    batches = _micro_batches(config, group, sdxl, dataset)
-    session = Session(config, folder, group, progress, sdxl, dataset, encoder, writer, batches, run)
+    batches = _micro_batches(config, group, tokenizer, dataset)
+    session = Session(config, folder, group, progress, sdxl, dataset, encoder, writer, tokenizer, batches, run)
     session.quarantine(dataset.found.quarantined())
     return session
 
@@ -181,16 +189,7 @@ def open_writer(config: Config, dataset: Dataset, group: Group, progress: Progre
     return StoreWriter(latent_folder(config), config.data.cache.compression, say_full, name=f"rank{group.rank}")
 
 
-def _warn_of_long_captions(sdxl: SDXL, dataset: Dataset, separator: str, progress: Progress) -> None:
-    captions = [join_tags(record.tags, separator) for record in dataset.plan.records]
-    cut = caption_tokenizer(sdxl).count_truncated(captions)
-    if cut:
-        length = sdxl.tokenizer.model_max_length
-        progress.message(f"captions longer than {length} tokens: {cut}; what lies beyond is never seen by the model")
-
-
-def _micro_batches(config: Config, group: Group, sdxl: SDXL, dataset: Dataset) -> MicroBatches:
-    captions = config.data.captions
+def _micro_batches(config: Config, group: Group, tokenizer: CaptionTokenizer, dataset: Dataset) -> MicroBatches:
     return MicroBatches(
         schedule=dataset.schedule,
         records=dataset.plan.records,
@@ -201,10 +200,8 @@ def _micro_batches(config: Config, group: Group, sdxl: SDXL, dataset: Dataset) -
         couple=build_coupling(config),
         needs_latents=config.training.coupling.type != "independent",
         posterior=config.data.cache.posterior,
-        tokenize=caption_tokenizer(sdxl),
-        rules=CaptionRules(
-            captions.separator, captions.shuffle, captions.keep_first, captions.tag_dropout, captions.caption_dropout
-        ),
+        tokenize=tokenizer.with_weights,
+        rules=caption_rules(config),
         seed=config.global_config.seed,
         accumulation=config.training.accumulation,
         rank=group.rank,

@@ -43,7 +43,7 @@ from sdxl_training.training.trainer import Action, Every
 from sdxl_training.training.trainer import train as make_updates
 
 PICTURES_TO_JUDGE_BY = 8
-TAGS_COUNTED = 100_000  # pictures whose tags the report of a run counts, so that it does not wait for a million
+COUNTED = 10_000  # pictures whose tags and captions the report of a run counts, so that it does not wait
 
 
 def train(loaded: LoadedConfig, resume: str, dry_run: bool) -> None:
@@ -77,7 +77,7 @@ def train(loaded: LoadedConfig, resume: str, dry_run: bool) -> None:
         progress.message(_arithmetic(session, first_step))
         if group.is_main:
             found, cache = session.dataset.found, session.dataset.cache
-            session.data_page = make_report(config, found, TAGS_COUNTED, cache).html(worst_crops(config, found))
+            session.data_page = make_report(config, found, COUNTED, cache).html(worst_crops(config, found))
         del checkpoint  # while its files are mapped, deleting them frees no disk space
         if first_step == 0:
             check_base(session)
@@ -186,8 +186,8 @@ def draw_preview(session: Session, steps_done: int, trackers: Trackers) -> None:
     previews = session.config.global_config.previews
     if not (session.group.is_main and previews.every_steps and previews.prompts):
         return
-    run, side = session.run, session.config.data.resolution
-    painter = build_painter(session.sdxl, session.sdxl.unet, run.objective, run.precision, session.group.device)
+    run, sdxl, side = session.run, session.sdxl, session.config.data.resolution
+    painter = build_painter(session.config, sdxl, sdxl.unet, run.objective, run.precision, session.group.device)
     path = session.folder.sample(steps_done)
     with session.meter.paused(), run.update.average.swapped_in():
         try:

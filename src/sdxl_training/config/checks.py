@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from sdxl_training.config.data import Captions
 from sdxl_training.config.objective import FlowMatching
 from sdxl_training.config.objective_checks import OBJECTIVE_CHECKS
 from sdxl_training.config.problems import Finding
@@ -102,6 +103,20 @@ def crop_variants_differ(config: Config) -> Iterator[Finding]:
         yield Finding(f"data.crop.{name}", text, ("data.crop.position",))
 
 
+def rules_for_tags_find_tags(config: Config) -> Iterator[Finding]:
+    """Prose has no tags to keep or to drop, unless a template shows those beside it.
+
+    Only more than the defaults is refused: a resolved configuration has those written out.
+    """
+    captions, place = config.data.captions, "data.captions"
+    if captions.kind == "tags" or any("{tags}" in template for template in captions.templates):
+        return
+    for knob in ("keep_first", "tag_dropout"):
+        if getattr(captions, knob) > Captions.model_fields[knob].default:
+            text = "has no effect with kind: prose and no template with {tags}; delete this line"
+            yield Finding(f"{place}.{knob}", text, (f"{place}.kind", f"{place}.templates"))
+
+
 def a_batch_of_pixels_holds_a_picture(config: Config) -> Iterator[Finding]:
     """A micro-batch that is counted in pixels still holds one picture of the square bucket, or of any in a list."""
     pixels, buckets = config.training.pixels_per_batch, config.data.buckets
@@ -168,6 +183,7 @@ CHECKS: tuple[Callable[[Config], Iterator[Finding]], ...] = (
     preview_grid_fits_the_objective,
     bucket_lists_fit,
     crop_variants_differ,
+    rules_for_tags_find_tags,
     a_batch_of_pixels_holds_a_picture,
     latents_come_first_where_noise_needs_them,
     cache_settings_take_effect,

@@ -12,6 +12,27 @@ EXTENSION = r"^\.[A-Za-z0-9_]+$"
 Names = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Strict(False)]
 Level = Annotated[int, Field(ge=0, le=255)]
 Side = Annotated[int, Field(ge=8, multiple_of=8)]
+Tag = Annotated[
+    str, Field(pattern=r"^\S(?:.*\S)?$", json_schema_extra={"in_words": "text in one line without blanks at its ends"})
+]
+Template = Annotated[
+    str,
+    Field(
+        pattern=r"^[^{}]*(?:\{(?:caption|tags)\}[^{}]*)+$",
+        json_schema_extra={"in_words": "text with {caption} or {tags} in it, in quotes, and no other braces"},
+    ),
+]
+
+
+class AddTags(Section):
+    """Tags around every caption of a source, which never drop out."""
+
+    front: Annotated[tuple[Tag, ...], Strict(False)] = Field(
+        default=(), description="Tags before every caption; the same ones further back are left out."
+    )
+    back: Annotated[tuple[Tag, ...], Strict(False)] = Field(
+        default=(), description="Tags after every caption; the same ones further ahead are left out."
+    )
 
 
 class TableColumns(Section):
@@ -51,6 +72,7 @@ class Source(Section):
         default=1.0, gt=0, le=1000, description="Weight of its losses; over all pictures the mean is kept at 1."
     )
     only: Only = Field(default=Only(), description="Which of its pictures take part.")
+    add_tags: AddTags = Field(default=AddTags(), description="Tags around every caption that never drop out.")
 
 
 class Buckets(Section):
@@ -97,6 +119,12 @@ class Crop(Section):
 class Captions(Section):
     """Comma-separated tags or sentences in a text file beside each picture."""
 
+    kind: Literal["tags", "prose"] = Field(
+        default="tags", description="What captions are; prose is never split, shuffled or dropped in parts."
+    )
+    alternatives: Literal["none", "lines"] = Field(
+        default="none", description="Whether a file is one caption, or each line is one, of which a visit draws one."
+    )
     extension: str = Field(
         default=".txt",
         pattern=EXTENSION,
@@ -104,12 +132,26 @@ class Captions(Section):
         description="Ending of the caption file's name.",
     )
     separator: str = Field(default=",", min_length=1, description="Text between two tags.")
+    templates: Annotated[tuple[Template, ...], Strict(False)] = Field(
+        default=(), description="Sentences around {caption} or {tags}, of which a visit draws one."
+    )
     shuffle: bool = Field(default=True, description="Whether the order of tags is drawn anew each time.")
     keep_first: int = Field(
         default=1, ge=0, description="Number of leading tags that keep their place and never drop out."
     )
     tag_dropout: Fraction = Field(default=0.0, description="Probability that one tag is left out.")
     caption_dropout: Fraction = Field(default=0.1, description="Probability of an empty caption; guidance needs some.")
+    null_mode: Literal["zeros", "empty_string"] = Field(
+        default="zeros",
+        description="What the model is told in place of a dropped caption, and without a prompt in guidance: zeros, as "
+        "SDXL was trained, or what the text encoders make of the empty string.",
+    )
+    weights: bool = Field(
+        default=False, description="Whether (tag:1.2) is emphasis, in captions and prompts, or text like any other."
+    )
+    max_tokens: Literal[75, 150, 225] = Field(
+        default=75, description="Most tokens of a caption or prompt, in chunks of 75; what lies beyond is never seen."
+    )
     missing: Literal["refuse", "empty", "leave_out"] = Field(
         default="refuse", description="What happens to a picture without a caption file."
     )

@@ -16,22 +16,31 @@ from sdxl_training.config.tree import Node, Path
 SYNONYMS = {
     "accumulation_steps": "training.accumulation",
     "caption_dropout_rate": "data.captions.caption_dropout",
+    "caption_dropout_probability": "data.captions.caption_dropout",
     "caption_extension": "data.captions.extension",
+    "caption_prefix": "data.sources.0.add_tags.front",
+    "caption_separator": "data.captions.separator",
+    "caption_suffix": "data.sources.0.add_tags.back",
     "caption_tag_dropout_rate": "data.captions.tag_dropout",
     "clip_grad_norm": "training.max_grad_norm",
+    "cond_dropout": "data.captions.caption_dropout",
     "ema_decay": "training.ema.decay",
+    "enable_wildcard": "data.captions.alternatives",
     "grad_clip": "training.max_grad_norm",
     "gradient_accumulation": "training.accumulation",
     "gradient_accumulation_steps": "training.accumulation",
     "gradient_clip": "training.max_grad_norm",
     "gradient_clipping": "training.max_grad_norm",
     "image_dir": "data.sources.0.path",
+    "keep_tags": "data.captions.keep_first",
     "keep_tokens": "data.captions.keep_first",
     "lr": "training.optimizer.learning_rate",
     "lr_scheduler": "training.schedule.type",
     "lr_warmup_steps": "training.schedule.warmup_steps",
     "max_bucket_reso": "data.buckets.max_side_px",
     "max_data_loader_n_workers": "data.workers",
+    "max_embeddings_multiples": "data.captions.max_tokens",
+    "max_token_length": "data.captions.max_tokens",
     "max_train_steps": "training.max_steps",
     "min_bucket_reso": "data.buckets.min_side_px",
     "min_snr_gamma": "training.loss_weight.gamma",
@@ -41,14 +50,19 @@ SYNONYMS = {
     "output_name": "global_config.run_name",
     "prediction_type": "training.objective.type",
     "pretrained_model_name_or_path": "model.source",
+    "proportion_empty_prompts": "data.captions.caption_dropout",
     "sample_every_n_steps": "global_config.previews.every_steps",
     "sample_prompts": "global_config.previews.prompts",
     "save_every_n_steps": "global_config.checkpoints.every_steps",
     "shuffle_caption": "data.captions.shuffle",
+    "shuffle_tags": "data.captions.shuffle",
+    "tokenizer_max_length": "data.captions.max_tokens",
     "train_batch_size": "training.batch_size",
     "train_data_dir": "data.sources.0.path",
+    "ucg_rate": "data.captions.caption_dropout",
     "use_ema": "training.ema.type",
     "v_parameterization": "training.objective.type",
+    "weighted_captions": "data.captions.weights",
     "zero_terminal_snr_schedule": "training.objective.zero_terminal_snr",
 }
 EPSILON_AT_SNR_0 = "epsilon cannot be trained at SNR 0, where the noise is the input itself; use type: v_prediction"
@@ -221,7 +235,7 @@ def in_words(part: Schema) -> str:
     if "oneOf" in part:
         return f"a mapping with {_one_of([f'type: {name}' for name in part['discriminator']['mapping']])}"
     if "enum" in part or "const" in part:
-        return _one_of(part.get("enum", [part.get("const")]))
+        return _one_of([str(value) for value in part.get("enum", [part.get("const")])])
     if "in_words" in part:
         return str(part["in_words"])
     kind = part.get("type")

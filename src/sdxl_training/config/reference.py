@@ -121,7 +121,7 @@ def _choices(field: FieldInfo) -> str:
     options = get_args(field.annotation)
     if get_origin(field.annotation) is not Literal or len(options) == 1:
         return ""
-    return f" ({' | '.join(options)})"
+    return f" ({' | '.join(map(str, options))})"
 
 
 def _comment(text: str, indent: str) -> list[str]:

@@ -73,6 +73,20 @@ def split_outside_brackets(caption: str, separator: str) -> list[str]:
     return [*parts, caption[begin:]]
 
 
+def escape_lone_brackets(text: str) -> str:
+    """Return the same text so that it may stand beside other text: brackets without partner find none there.
+
+    They get a backslash, and so does a backslash at the end.
+    """
+    emphases, backslashes = _find_marks(text)
+    partners = {place for emphasis in emphases for place in (emphasis.opening, emphasis.end - 1)}
+    escaped = {place + 1 for place in backslashes}
+    lone = {place for place, character in enumerate(text) if character in "()[]"} - partners - escaped
+    if text.endswith("\\") and len(text) - 1 not in escaped:
+        lone.add(len(text) - 1)
+    return "".join(f"\\{character}" if place in lone else character for place, character in enumerate(text))
+
+
 def _find_marks(caption: str) -> tuple[list[_Emphasis], list[int]]:
     """Return the pairs of brackets, inner ones first, and the places of backslashes that escape something."""
     emphases: list[_Emphasis] = []

@@ -9,7 +9,7 @@ from typing import Literal, TypeVar
 
 from numpy.random import Generator
 
-from sdxl_training.data.caption_weights import split_outside_brackets
+from sdxl_training.data.caption_weights import escape_lone_brackets, split_outside_brackets
 from sdxl_training.records import UserError
 
 Option = TypeVar("Option")
@@ -78,38 +78,43 @@ def draw_caption(
     The generator is made from (seed, stream, visit, sample id), so the caption does not depend on who computes it. Each
     rule draws its numbers whether or not another one is on: switching one rule does not reshuffle the others.
     """
-    if rules.kind == "prose":
-        return _draw([(caption.strip(), tags) for caption in captions], rules, generator)
-    return _draw(
-        [(None, split_tags(caption, rules.separator, rules.weights)) for caption in captions], rules, generator
-    )
-
-
-def augment(tags: Sequence[str], rules: CaptionRules, generator: Generator) -> str | None:
-    """Return what `draw_caption` returns for a picture with one caption, already split into tags."""
-    return _draw([(None, tags)], rules, generator)
-
-
-def _draw(
-    alternatives: Sequence[tuple[str | None, Sequence[str]]], rules: CaptionRules, generator: Generator
-) -> str | None:
-    """Draw from alternatives of (prose, tags); without prose the tags are the caption."""
     dropped = generator.random() < rules.caption_dropout
     # Their own generator: neither choice moves the numbers of the tags, whose number depends on the first.
     of_caption, of_template = generator.spawn(1)[0].random(2)
-    prose, tags = _pick(alternatives, of_caption)
-    listed = join_tags(_vary(tags, rules, generator), rules.separator)
+    prose, own_tags = _read(_pick(captions, of_caption), tags, rules)
+    shown = _vary(own_tags, rules, generator)
     if dropped:
         return None if rules.null_mode == "zeros" else ""
+    return _compose(prose, shown, _pick(rules.templates or (None,), of_template), rules)
+
+
+def whole_captions(captions: Sequence[str], rules: CaptionRules, tags: Sequence[str] = ()) -> list[str]:
+    """Return each alternative in each template, with nothing dropped or moved: what visits show parts of."""
+    read = [_read(caption, tags, rules) for caption in captions]
+    return [_compose(*one, template, rules) for one in read for template in rules.templates or (None,)]
+
+
+def _read(caption: str, tags: Sequence[str], rules: CaptionRules) -> tuple[str | None, list[str]]:
+    """Return (prose, tags) of an alternative; without prose the tags are the caption. Added tags are left out."""
+    prose = caption.strip() if rules.kind == "prose" else None
+    listed = split_tags(caption, rules.separator, rules.weights) if prose is None else tags
+    return prose, [tag for tag in listed if tag not in rules.front and tag not in rules.back]
+
+
+def _compose(prose: str | None, tags: Sequence[str], template: str | None, rules: CaptionRules) -> str:
+    """Return the finished caption. Brackets without partner find none in other tags or in the template, either."""
+    if rules.weights:
+        prose = prose if prose is None else escape_lone_brackets(prose)
+        tags = [escape_lone_brackets(tag) for tag in tags]
+    listed = join_tags(tags, rules.separator)
     text = listed if prose is None else prose
-    if rules.templates:
-        text = _fill(_pick(rules.templates, of_template), {"caption": text, "tags": listed})
+    if template is not None:
+        text = _fill(template, {"caption": text, "tags": listed})
     return join_tags([part for part in (*rules.front, text, *rules.back) if part], rules.separator)
 
 
-def _vary(tags: Sequence[str], rules: CaptionRules, generator: Generator) -> list[str]:
-    own = [tag for tag in tags if tag not in rules.front and tag not in rules.back]
-    front, rest = own[: rules.keep_first], own[rules.keep_first :]
+def _vary(own: Sequence[str], rules: CaptionRules, generator: Generator) -> list[str]:
+    front, rest = list(own[: rules.keep_first]), own[rules.keep_first :]
     survives = generator.random(len(rest)) >= rules.tag_dropout
     order = generator.permutation(len(rest)) if rules.shuffle else range(len(rest))
     return front + [rest[i] for i in order if survives[i]]

@@ -1,7 +1,7 @@
 """From the schedule to micro-batches on the device.
 
-Shape legend: B samples of one micro-batch on one rank, C latent channels, H x W latent rows and columns, L tokens,
-D text width, P pooled text width.
+Shape legend: B samples of one micro-batch on one rank, C latent channels, H x W latent rows and columns, E the two text
+encoders, L tokens, D text width, P pooled text width.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from sdxl_training.data.cache import LATENT_CHANNELS, LATENT_FACTOR, Posterior
-from sdxl_training.data.captions import CaptionRules, augment
+from sdxl_training.data.captions import CaptionRules, draw_caption
 from sdxl_training.data.crops import variant_of_visit
 from sdxl_training.data.fetching import Stored, Unencoded
 from sdxl_training.data.images import UnreadablePicture
@@ -35,8 +35,10 @@ DrawNoise = Callable[[Tensor, int, int, int], Tensor]
 """(latent_CHW, seed, visit, sample id) -> noise_CHW, float32."""
 Couple = Callable[[Tensor, Tensor, Sequence[Sequence[str]]], Tensor]
 """(latents_GCHW, noise_GCHW, tags of each caption) of a global batch -> which noise each sample gets, G integers."""
-Tokenize = Callable[[list[str]], tuple[Tensor, Tensor]]
-EncodeText = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+Tokenize = Callable[[list[str]], tuple[Tensor, Tensor, Tensor | None]]
+"""captions -> (ids_1_BL, ids_2_BL, weights_EBL), the last None where captions are read without weights."""
+EncodeText = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
+"""What `Tokenize` returns -> (text_BLD, pooled_BP)."""
 EncodePixels = Callable[[Sequence[Unencoded]], Sequence[tuple[Tensor, Tensor] | None]]
 """pictures of one bucket -> mean_CHW and std_CHW of each, fp32, on the device; None where it has no finite latent."""
 
@@ -48,15 +50,17 @@ class RawBatch:
     """A micro-batch as workers make it: CPU tensors, captions still as token ids.
 
     latents_BCHW: drawn from the posterior, scaled, fp32; where `unencoded` has pixels instead, the standard normal
-    numbers of that draw. noise_BCHW: fp32. ids_1_BL, ids_2_BL: token ids of the two text encoders. keep_B: False where
-    the caption is dropped. time_ids_B6 and weight_B: fp32. unencoded: pictures without a latent, by place in the batch.
-    bad: pictures that turned out to be unusable, each replaced by its neighbour in the bucket.
+    numbers of that draw. noise_BCHW: fp32. ids_1_BL, ids_2_BL: token ids of the two text encoders. weights_EBL: the
+    tokens' weights, fp32; None where captions have none. keep_B: False where the caption is dropped and stands for
+    zeros. time_ids_B6 and weight_B: fp32. unencoded: pictures without a latent, by place in the batch. bad: pictures
+    that turned out to be unusable, each replaced by its neighbour in the bucket.
     """
 
     latents_BCHW: Tensor
     noise_BCHW: Tensor
     ids_1_BL: Tensor
     ids_2_BL: Tensor
+    weights_EBL: Tensor | None
     keep_B: Tensor
     time_ids_B6: Tensor
     weight_B: Tensor
@@ -76,6 +80,7 @@ class RawBatch:
             noise_BCHW=self.noise_BCHW.pin_memory(),
             ids_1_BL=self.ids_1_BL.pin_memory(),
             ids_2_BL=self.ids_2_BL.pin_memory(),
+            weights_EBL=None if self.weights_EBL is None else self.weights_EBL.pin_memory(),
             keep_B=self.keep_B.pin_memory(),
             time_ids_B6=self.time_ids_B6.pin_memory(),
             weight_B=self.weight_B.pin_memory(),
@@ -99,10 +104,10 @@ class MicroBatches(Dataset[RawBatch]):
     Micro-batch m of rank r takes slots [(m W + r) B, (m W + r + 1) B) of the global batch, so the split into
     micro-batches and ranks never changes which samples an update sees. B may differ between buckets.
 
-    records, variants and weights are parallel: picture, the ways in which it is prepared, its loss weight. With
-    `couple`, noise changes hands within the global batch; each process then reads all its latents. needs_latents: the
-    noise depends on the latents, so all must be in the cache. posterior: whether a visit draws from the VAE's
-    distribution or takes its mean.
+    records, variants and weights are parallel: picture, the ways in which it is prepared, its loss weight. rules: how
+    captions vary, for each source. With `couple`, noise changes hands within the global batch; each process then reads
+    all its latents. needs_latents: the noise depends on the latents, so all must be in the cache. posterior: whether a
+    visit draws from the VAE's distribution or takes its mean.
 
     A picture that cannot be decoded is replaced by the next one of its bucket that can, so a batch is always full and,
     since what can be decoded is a property of the pictures, always the same.
@@ -115,7 +120,7 @@ class MicroBatches(Dataset[RawBatch]):
     fetch: FetchLatent
     draw_noise: DrawNoise
     tokenize: Tokenize
-    rules: CaptionRules
+    rules: Sequence[CaptionRules]
     seed: int
     accumulation: int = 1
     rank: int = 0
@@ -157,13 +162,14 @@ class MicroBatches(Dataset[RawBatch]):
         known_bad = len(self._bad)
         samples = [self._sample(draw) for draw in draws]
         captions = [self._caption(sample) for sample in samples]
-        ids_1_BL, ids_2_BL = self.tokenize([caption or "" for caption in captions])
+        ids_1_BL, ids_2_BL, weights_EBL = self.tokenize([caption or "" for caption in captions])
         latents_BCHW = torch.stack([self._latent(sample) for sample in samples])
         return RawBatch(
             latents_BCHW=latents_BCHW,
             noise_BCHW=self._noise(samples, latents_BCHW) if noise_BCHW is None else noise_BCHW,
             ids_1_BL=ids_1_BL,
             ids_2_BL=ids_2_BL,
+            weights_EBL=weights_EBL,
             keep_B=torch.tensor([caption is not None for caption in captions]),
             time_ids_B6=torch.tensor([sample.plan.time_ids for sample in samples], dtype=torch.float32),
             weight_B=torch.tensor([self.weights[sample.draw.record] for sample in samples], dtype=torch.float32),
@@ -233,7 +239,7 @@ class MicroBatches(Dataset[RawBatch]):
     def _caption(self, sample: Sample) -> str | None:
         record = sample.record
         generator = numpy_generator(self.seed, Stream.CAPTION, sample.draw.visit, record.sample_id)
-        return augment(record.tags, self.rules, generator)
+        return draw_caption(record.captions, self.rules[record.source], generator, record.tags)
 
     def _latent(self, sample: Sample) -> Tensor:
         """Return a latent_CHW, or for a picture without one the standard normal numbers that will make it a draw."""
@@ -332,12 +338,15 @@ def _checked(batch: RawBatch | _Failure) -> RawBatch:
 def to_batch(raw: RawBatch, encode_text: EncodeText, encode_pixels: EncodePixels, device: torch.device) -> Batch:
     """Copy a micro-batch to the device; encode its captions there, and the pictures that have no latent yet.
 
-    Dropped captions get zero text and zero pooled text, SDXL's own null conditioning (`force_zeros_for_empty_prompt` in
-    its diffusers pipeline); their size conditioning stays. A picture without a finite latent gets weight 0.
+    Captions that keep_B drops get zero text and zero pooled text, SDXL's own null conditioning
+    (`force_zeros_for_empty_prompt` in its diffusers pipeline); their size conditioning stays. A picture without a
+    finite latent gets weight 0.
     """
     keep_B = raw.keep_B.to(device, non_blocking=True)
     text_BLD, pooled_BP = encode_text(
-        raw.ids_1_BL.to(device, non_blocking=True), raw.ids_2_BL.to(device, non_blocking=True)
+        raw.ids_1_BL.to(device, non_blocking=True),
+        raw.ids_2_BL.to(device, non_blocking=True),
+        None if raw.weights_EBL is None else raw.weights_EBL.to(device, non_blocking=True),
     )
     conditioning = Conditioning(
         text_BLD=torch.where(keep_B[:, None, None], text_BLD, torch.zeros_like(text_BLD)),

@@ -32,14 +32,15 @@ Missing = Literal["refuse", "empty", "leave_out"]
 class SourceRules:
     """What a run makes of one source.
 
-    repeats: times each picture is drawn in an epoch. weight: of its losses. separator: between tags; with `lines` each
-    line of a caption is an alternative. missing: what a picture without caption means; captions_are: where captions are
-    looked for, as part of a sentence. only: which pictures take part.
+    repeats: times each picture is drawn in an epoch. weight: of its losses. separator, kind, weights: see
+    captions.CaptionRules. lines: each line of a caption is an alternative. missing: what a picture without caption
+    means; captions_are: where captions are looked for, as part of a sentence. only: which pictures take part.
     """
 
     repeats: int = 1
     weight: float = 1.0
     separator: str = ","
+    kind: Literal["tags", "prose"] = "tags"
     weights: bool = False
     lines: bool = False
     missing: Missing = "refuse"
@@ -82,10 +83,12 @@ class IndexedSource:
         return split_alternatives("\n".join(captions)) if self.rules.lines else tuple(captions)
 
     def tags(self, row: int) -> tuple[str, ...]:
-        """Return the tags beside the captions, or those of the first one."""
+        """Return the tags beside the captions, or those of the first one; prose has none of its own."""
         beside = self._value("tags", row)
         if beside is not None:
             return tuple(beside)
+        if self.rules.kind == "prose":
+            return ()
         return split_tags(self.captions(row)[0], self.rules.separator, self.rules.weights)
 
     def record(self, number: int, row: int, picture: int) -> ImageRecord:
@@ -180,6 +183,11 @@ class Pictures(Sequence[ImageRecord]):
         """Return captions and tags of all pictures as columns to be digested."""
         columns = (self.taken(number, name) for number in range(len(self.sources)) for name in ("captions", "tags"))
         return [part for lists in columns for part in _columns_of_lists(lists)]
+
+    def readings(self) -> list[str]:
+        """Return how the captions of each source are read, which decides what its captions and tags are."""
+        rules = [source.rules for source in self.sources]
+        return [f"{each.kind} {each.separator} {each.weights} {each.lines}" for each in rules]
 
     def weights(self) -> NDArray[np.float32]:
         """Return the loss weight of each picture, with mean 1 over an epoch's images."""

@@ -30,10 +30,13 @@ from sdxl_training.model.single_file import from_original, to_original, with_tex
 from sdxl_training.records import Conditioning, SizeHW, UserError
 
 
-def export_diffusers(sdxl: SDXL, scheduler_config: Mapping[str, object], note: str, to: Path) -> None:
+def export_diffusers(
+    sdxl: SDXL, scheduler_config: Mapping[str, object], note: str, to: Path, zeros_for_empty_prompt: bool = True
+) -> None:
     """Write the folder `to` that `StableDiffusionXLPipeline.from_pretrained(to)` loads.
 
     `scheduler_config` names its class in "_class_name"; `note` says in README.md what the model is and what samples it.
+    zeros_for_empty_prompt: whether guidance without a negative prompt is told zeros, or the empty prompt's text states.
     Raises UserError where `to` is not empty or cannot be written or a weight is not finite, ValueError for a scheduler
     or setting unknown to diffusers, RuntimeError where the folder read back differs from the model.
     """
@@ -41,7 +44,7 @@ def export_diffusers(sdxl: SDXL, scheduler_config: Mapping[str, object], note: s
     scheduler = _build_scheduler(scheduler_config)
     plain = _on_cpu(sdxl)
     with _appearing(to) as folder:
-        _save_parts(plain, scheduler, folder)
+        _save_parts(plain, scheduler, folder, zeros_for_empty_prompt)
         (folder / "README.md").write_text(f"# {to.name}\n\n{note.strip()}\n", encoding="utf-8")
         _verify_folder(plain, folder)
 
@@ -145,7 +148,7 @@ def _cpu_copy(network: Any) -> Any:
     return network if network.device.type == "cpu" else copy.deepcopy(network).cpu()
 
 
-def _save_parts(sdxl: SDXL, scheduler: Any, folder: Path) -> None:
+def _save_parts(sdxl: SDXL, scheduler: Any, folder: Path, zeros_for_empty_prompt: bool) -> None:
     """Write every part into its own folder, and the index that tells diffusers which class reads it."""
     others = {"tokenizer": sdxl.tokenizer, "tokenizer_2": sdxl.tokenizer_2, "scheduler": scheduler}
     for name, part in others.items():
@@ -161,7 +164,7 @@ def _save_parts(sdxl: SDXL, scheduler: Any, folder: Path) -> None:
     index = {
         "_class_name": "StableDiffusionXLPipeline",
         "_diffusers_version": diffusers.__version__,
-        "force_zeros_for_empty_prompt": True,
+        "force_zeros_for_empty_prompt": zeros_for_empty_prompt,
         **{name: [kind.__module__.partition(".")[0], kind.__name__] for name, kind in classes.items()},
     }
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

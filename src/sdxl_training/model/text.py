@@ -82,9 +82,14 @@ class CaptionTokenizer:
         last_chunks = (chunks[-1] for batch in batches for chunks in self._cut(batch))
         return [max(0, max(map(len, chunk)) - self._room) for chunk in last_chunks]
 
-    def count_truncated(self, captions: Sequence[str]) -> int:
-        """Return how many captions do not fit into the chunks, so that their ends are never seen."""
-        return sum(lost > 0 for lost in self.lost_tokens(captions))
+    @property
+    def most_tokens(self) -> int:
+        """Return how many tokens of a caption are seen at most."""
+        return self.chunks * self._room
+
+    def longest_caption(self) -> str:
+        """Return a caption that fills all chunks."""
+        return " ".join("a" * self.most_tokens)
 
     @property
     def _tokenizers(self) -> tuple[CLIPTokenizer, CLIPTokenizer]:

@@ -61,7 +61,8 @@ class UnusablePictureError(UserError):
 class Painter:
     """Draws prompts with the model that is being trained, by the objective it is trained with.
 
-    encode_prompts: captions -> (text_BLD, pooled_BP). decode: latents_BCHW -> pixels_BCHW in [-1, 1].
+    encode_prompts: captions -> (text_BLD, pooled_BP). decode: latents_BCHW -> pixels_BCHW in [-1, 1]. zero_null:
+    whether the unconditional side is zero text and zero pooled text, SDXL's own, or the states of the empty prompt.
     """
 
     model: nn.Module
@@ -70,6 +71,7 @@ class Painter:
     decode: Callable[[Tensor], Tensor]
     precision: AbstractContextManager[object]
     device: torch.device
+    zero_null: bool = True
 
     def paint(self, prompts: Sequence[str], size_hw: SizeHW, sampling: Sampling) -> list[Picture]:
         """Draw one picture a prompt. Picture i's noise comes from (seed, i) alone, whatever else is drawn with it."""
@@ -84,15 +86,15 @@ class Painter:
     def paint_from(
         self, noise_BCHW: Tensor, prompts: Sequence[str], size_hw: SizeHW, sampling: Sampling
     ) -> list[Picture]:
-        """Draw prompts from given noise. The unconditional side is SDXL's own: zero text and zero pooled text."""
-        text_BLD, pooled_BP = self.encode_prompts(prompts)
+        """Draw prompts from given noise."""
+        (text_BLD, pooled_BP), (null_BLD, null_BP) = self._encode_both(prompts)
         sizes_B6 = torch.tensor([*size_hw, 0, 0, *size_hw], dtype=torch.float32, device=self.device).expand(
             len(prompts), 6
         )
         conditional = Conditioning(text_BLD, pooled_BP, sizes_B6)
         both = Conditioning(
-            torch.cat([torch.zeros_like(text_BLD), text_BLD]),
-            torch.cat([torch.zeros_like(pooled_BP), pooled_BP]),
+            torch.cat([null_BLD, text_BLD]),
+            torch.cat([null_BP, pooled_BP]),
             torch.cat([sizes_B6, sizes_B6]),
         )
 
@@ -113,6 +115,16 @@ class Painter:
                 "an earlier checkpoint."
             )
         return [to_picture(pixels_CHW) for pixels_CHW in pixels_BCHW]
+
+    def _encode_both(self, prompts: Sequence[str]) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Return text and pooled text of the prompts and of the unconditional side."""
+        if self.zero_null:
+            text_BLD, pooled_BP = self.encode_prompts(prompts)
+            return (text_BLD, pooled_BP), (torch.zeros_like(text_BLD), torch.zeros_like(pooled_BP))
+        # Encoded with the prompts, the empty one has as many states as they do.
+        text_BLD, pooled_BP = self.encode_prompts([*prompts, ""])
+        null_BLD, null_BP = text_BLD[-1:].expand(len(prompts), -1, -1), pooled_BP[-1:].expand(len(prompts), -1)
+        return (text_BLD[:-1], pooled_BP[:-1]), (null_BLD, null_BP)
 
 
 def prompt_noise(size_hw: SizeHW, seed: int, index: int) -> Tensor:
