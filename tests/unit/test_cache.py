@@ -144,8 +144,10 @@ def test_how_many_latents_are_missing_is_what_asking_for_each_finds(tmp_path, cu
         sum(not known or not cache.has(content, one) for one in variants)
         for content, variants, known in zip(contents, plan.variants, known_N, strict=True)
     ]
-    assert cache.missing(contents_of(contents), known_N, plan).tolist() == expected
-    assert cache.missing(contents_of(contents), ~known_N, plan).tolist()[0] == len(plan.variants[0])
+    there_N, missing_N = cache.count(contents_of(contents), known_N, plan)
+    assert missing_N.tolist() == expected
+    assert (there_N + missing_N).tolist() == [len(variants) for variants in plan.variants]
+    assert not cache.count(contents_of(contents), ~known_N, plan)[0][known_N].any()
     assert 0 < sum(expected) < len(everything)
 
 
@@ -157,8 +159,9 @@ def test_for_a_million_centre_crops_no_plan_is_made(tmp_path):
     columns = Columns(heights, widths, np.ones(count, np.int64))
     plan = plan_resolutions(pictures, [BUCKETS], Fitting("upscale"), Cut(flip=True), columns)
     contents = np.random.default_rng(1).integers(0, 2**63, (count, 2), dtype=np.uint64)
-    missing = LatentCache(tmp_path, "vae").missing(contents, np.ones(count, bool), plan)
-    assert (missing == 2).all()
+    there_N, missing_N = LatentCache(tmp_path, "vae").count(contents, np.ones(count, bool), plan)
+    assert not there_N.any()
+    assert (missing_N == 2).all()
 
 
 def test_what_is_read_is_what_was_made_rounded_to_half_precision(tmp_path):
@@ -196,7 +199,8 @@ def test_a_latent_with_deviation_serves_for_its_mean(tmp_path):
     plan = plan_of(records_of([(16, 32)]))
     put(draws, (2, CONTENT, plan.plans[0]))
     means.refresh()
-    assert means.missing(contents_of([CONTENT]), np.array([True]), plan).tolist() == [0]
+    there_N, missing_N = means.count(contents_of([CONTENT]), np.array([True]), plan)
+    assert (there_N.tolist(), missing_N.tolist()) == ([1], [0])
 
 
 def test_an_entry_that_cannot_be_read_is_named_and_absent(tmp_path, caplog, monkeypatch):

@@ -49,7 +49,7 @@ class Shelf:
 
     def column(self, name):
         assert name == "length"
-        return np.array([len(data or b"unread") for data in self.files])
+        return np.array([len(data or b"unread") for data in self.files], np.int64)
 
     def read(self, number):
         assert isinstance(number, int)
@@ -82,7 +82,7 @@ class Memory:
 
     def columns(self):
         digests = np.frombuffer(b"".join(each or bytes(16) for each in self.digests), "<u8").reshape(-1, 2)
-        known = np.array([each is not None for each in self.digests])
+        known = np.array([each is not None for each in self.digests], bool)
         return digests, known, np.isin(np.arange(len(self.digests)), list(self.failures))
 
     def refresh(self):

@@ -213,6 +213,7 @@ def test_what_cannot_be_used_is_quarantined_by_name(folder, tmp_path):
     assert rig.known.reasons[4] == "it is no longer 16x16 as when it was indexed; start again"
     assert rig.known.reasons[6].startswith("the file cannot be read")
     assert [rig.known.known(number) is not None for number in (1, 4, 6)] == [True, True, False]
+    assert rig.known.lasting == {1: True, 4: True, 6: False}
     assert report == FillReport(0, {"new": 7}, 0)
     assert (rig.progress.done, rig.progress.total) == (10, 10)
     folder.opened.clear()
@@ -248,6 +249,7 @@ def test_when_nothing_can_be_used_it_ends(folder, tmp_path):
     rig = Rig(folder, tmp_path)
     assert rig.fill() == FillReport(0)
     assert len(rig.known.reasons) == 10
+    assert sorted(folder.opened) == list(range(10)), "what is wrong with one is wrong with all that are equal"
     assert rig.fill() == FillReport(0)
 
 
@@ -436,7 +438,7 @@ def test_pieces_hold_every_record_once_each_of_one_bucket(tmp_path, cut):
     folder = Folder(tmp_path / "pictures", SIZES * 20)
     rig = Rig(folder, tmp_path, cut=cut)
     fill = Fill(rig.plan, folder, rig.known, LatentCache(rig.path, "vae"), None, rig.preparer, rig.claims)
-    pieces = fill._pieces(rig.plan.latents())
+    pieces = fill._pieces()
     assert sorted(np.concatenate(pieces).tolist()) == list(range(200))
     size = 32 if cut.flip else 64
     for piece in pieces:

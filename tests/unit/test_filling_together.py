@@ -61,8 +61,8 @@ class Crew:
             fill = Fill(self.plan, self.folder, known, cache, encoder, CpuPreparer(2), claims, start)
             fill.run(progress)
         contents_P, known_P, failed_P = known.columns()
-        missing = cache.missing(contents_P, known_P, self.plan)
-        os._exit(bool(missing[~failed_P].any()) or 2 * (progress.done != progress.total))
+        _, missing_P = cache.count(contents_P, known_P, self.plan)
+        os._exit(bool(missing_P[~failed_P].any()) or 2 * (progress.done != progress.total))
 
     @property
     def cache(self):
@@ -180,7 +180,7 @@ def test_pictures_that_cannot_be_used_keep_nobody(crew):
     crew.join(*(crew.start(f"rank{rank}", rank / 2) for rank in range(2)))
     known = SharedKnown(COUNT, crew.path / "known")
     known.refresh()
-    assert set(known.reasons) == {3, 4, 50, 70}
+    assert set(known.reasons) == {3, 4, 50}, "what could not be read may be read another time"
     assert crew.encoded().total() == COUNT - 4
 
 

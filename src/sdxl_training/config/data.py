@@ -206,7 +206,7 @@ class Data(Section):
         default="keep", description="What happens to pictures with the same bytes; warn and drop read candidates first."
     )
     max_bad_fraction: Fraction = Field(
-        default=0.05, description="The run stops when more than this share of all pictures cannot be used."
+        default=0.1, description="The run stops when more than this share of all pictures cannot be used."
     )
     workers: int = Field(
         default=2, ge=0, description="Processes that read and decode pictures; 0 uses the main process."

@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import struct
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
@@ -43,6 +44,7 @@ Latent = tuple[Tensor, Tensor]
 """mean_CHW and std_CHW, scaled"""
 Keys = NDArray[np.uint64]
 """128 bits each: (..., 2)."""
+Whole = TypeVar("Whole", int, Integers)
 
 log = logging.getLogger(__name__)
 
@@ -50,26 +52,23 @@ log = logging.getLogger(__name__)
 @lru_cache(maxsize=2**16)
 def plan_digest(plan: CropPlan) -> bytes:
     """Return 16 bytes that are equal exactly where pictures of equal content are prepared alike."""
-    places = (*plan.crop_tl, plan.flipped, *plan.resized_hw, *plan.bucket.size_hw)
-    return _pack(*(np.array([number]) for number in places)).tobytes()
+    return struct.pack("<2Q", *_pack(*_numbers(plan)))
+
+
+def _numbers(plan: CropPlan) -> tuple[int, int, int, int, int, int, int]:
+    """Return what the prepared pixels of a picture depend on; not on its size as such, which its content decides."""
+    return (*plan.crop_tl, int(plan.flipped), *plan.resized_hw, *plan.bucket.size_hw)
 
 
 def _pack(
-    top_M: Integers,
-    left_M: Integers,
-    flipped_M: Integers,
-    resized_h_M: Integers,
-    resized_w_M: Integers,
-    bucket_h_M: Integers,
-    bucket_w_M: Integers,
-) -> Keys:
-    """Return plans as digests, (M, 2): the seven numbers side by side, each side with SIDE_BITS bits.
+    top: Whole, left: Whole, flipped: Whole, resized_h: Whole, resized_w: Whole, bucket_h: Whole, bucket_w: Whole
+) -> tuple[Whole, Whole]:
+    """Return a plan's digest as two numbers: its own seven side by side, each but `flipped` with SIDE_BITS bits.
 
     Not hashed, since a million have to be made at every start; in a key they are mixed with hashes.
     """
-    first_M = ((top_M << SIDE_BITS | left_M) << 1 | flipped_M) << SIDE_BITS | resized_h_M
-    second_M = (resized_w_M << SIDE_BITS | bucket_h_M) << SIDE_BITS | bucket_w_M
-    return np.stack([first_M, second_M], axis=1).astype(np.uint64)
+    first = ((top << SIDE_BITS | left) << 1 | flipped) << SIDE_BITS | resized_h
+    return first, (resized_w << SIDE_BITS | bucket_h) << SIDE_BITS | bucket_w
 
 
 def _digest(text: str) -> bytes:
@@ -123,10 +122,10 @@ class LatentCache:
         """Return the key, shape (2,), of a picture with this content digest, prepared like this."""
         return _words(content) ^ _words(plan_digest(plan)) ^ _words(self.settings)
 
-    def missing(self, contents_N: Keys, known_N: NDArray[np.bool_], plan: PicturePlan) -> Integers:
-        """Return how many latents each of the plan's N records lacks: all of them where its content is not known.
+    def count(self, contents_N: Keys, known_N: NDArray[np.bool_], plan: PicturePlan) -> tuple[Integers, Integers]:
+        """Return how many of its latents are there, and how many missing, of each of the plan's N records.
 
-        contents_N: shape (N, 2).
+        contents_N: digests, shape (N, 2). known_N: which of them are known; of the other records all are missing.
         """
         record_M, digests_M = plan_digests(plan)
         keys_M = contents_N[record_M] ^ digests_M
@@ -134,7 +133,12 @@ class LatentCache:
         for settings in self._readable():
             there_M |= self.store.find(keys_M ^ _words(settings)) >= 0
         there_M &= known_N[record_M]
-        return np.bincount(record_M[~there_M], minlength=len(known_N))
+        there_N, missing_N = (np.bincount(record_M[some_M], minlength=len(known_N)) for some_M in (there_M, ~there_M))
+        return there_N, missing_N
+
+    def missing(self, contents_N: Keys, known_N: NDArray[np.bool_], plan: PicturePlan) -> Integers:
+        """Return how many latents each of the plan's N records lacks; see `count`."""
+        return self.count(contents_N, known_N, plan)[1]
 
     def read(self, content: bytes, plan: CropPlan) -> Latent | None:
         """Return mean_CHW and std_CHW, fp32, scaled; None where the cache has none that can be used."""
@@ -240,16 +244,17 @@ def _digests_of_centres(plan: PicturePlan) -> tuple[Integers, Keys]:
     target_h_M, target_w_M = np.array([bucket.size_hw for bucket in plan.buckets], dtype=np.int64)[bucket_M].T
     height_M, width_M = covering_sizes(original_h_M, original_w_M, target_h_M, target_w_M)
     top_M, left_M = (height_M - target_h_M) // 2, (width_M - target_w_M) // 2
-    return record_M, _pack(top_M, left_M, flipped_M, height_M, width_M, target_h_M, target_w_M)
+    first_M, second_M = _pack(top_M, left_M, flipped_M, height_M, width_M, target_h_M, target_w_M)
+    return record_M, np.stack([first_M, second_M], axis=1).astype(np.uint64)
 
 
 def _digests_one_by_one(plan: PicturePlan) -> tuple[Integers, Keys]:
-    records, digests = array("q"), bytearray()
+    records, halves = array("q"), array("Q")
     for number, variants in enumerate(plan.variants):
         for one in variants:
             records.append(number)
-            digests += plan_digest(one)
-    return np.frombuffer(records, dtype=np.int64), _words(bytes(digests)).reshape(-1, 2)
+            halves.extend(_pack(*_numbers(one)))
+    return np.frombuffer(records, dtype=np.int64), np.frombuffer(halves, dtype=np.uint64).reshape(-1, 2)
 
 
 def projected_bytes(plan: PicturePlan, posterior: Posterior) -> int:

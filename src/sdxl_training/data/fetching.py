@@ -55,15 +55,14 @@ class Contents(Protocol):
     def failure(self, picture: int) -> str | None:
         """Return why the picture cannot be decoded or encoded, if somebody has tried."""
 
-    def fail(self, picture: int, reason: str) -> None:
+    def fail(self, picture: int, reason: str, lasting: bool = True) -> None:
         """Remember that the picture cannot be decoded or encoded.
 
-        Where nobody could read its bytes, so that its digest is not known, only until the next start: that may have
-        been the network's fault.
+        lasting: False where its bytes cannot be had, which says nothing of them: for this process only.
         """
 
     def columns(self) -> tuple[NDArray[np.uint64], NDArray[np.bool_], NDArray[np.bool_]]:
-        """Return digests (P, 2), which of them are known, and which pictures failed; as they are kept, not copied."""
+        """Return digests (P, 2), which of them are known, and which pictures failed."""
 
     def refresh(self) -> bool:
         """Read what other processes have learnt since; return whether there was anything."""
@@ -94,11 +93,7 @@ class Fetch:
             return found
         if reason := self.contents.failure(record.picture):
             raise UnreadablePicture(record.path, reason)
-        try:
-            return self._open(record, plan)
-        except UnreadablePicture as error:
-            self.contents.fail(record.picture, error.reason)
-            raise
+        return self._open(record, plan)
 
     def _find(self, picture: int, plan: CropPlan) -> Stored | None:
         content = self.contents.known(picture)
@@ -117,7 +112,11 @@ class Fetch:
         return news
 
     def _open(self, record: ImageRecord, plan: CropPlan) -> Stored | Unencoded:
-        data = self.pictures.read(record.picture)
+        try:
+            data = self.pictures.read(record.picture)
+        except UnreadablePicture as error:
+            self.contents.fail(record.picture, error.reason, lasting=False)
+            raise
         content = digest_content(data)
         if content != self.contents.known(record.picture):
             self.contents.learn(record.picture, content)
@@ -125,5 +124,6 @@ class Fetch:
                 return found
         prepared = prepare(Job(data, record.path, (plan,)), self.background)
         if isinstance(prepared, UnreadablePicture):
+            self.contents.fail(record.picture, prepared.reason)
             raise prepared
         return Unencoded(prepared[0], record.path, record.picture, record.sample_id, content, plan)

@@ -14,10 +14,9 @@ from collections.abc import Set as AbstractSet
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from sdxl_training.data.buckets import Integers
 from sdxl_training.data.cache import LatentCache, Reasons
@@ -65,6 +64,13 @@ class FillReport:
         return sentence + (f"; {self.shared} more by other processes or for equal pictures" if self.shared else "")
 
 
+class State(NamedTuple):
+    """How a piece of the work stands: latents that are there, pictures that have to be encoded."""
+
+    there: int
+    pictures: int
+
+
 @dataclass(frozen=True, slots=True)
 class Opened:
     """What a picture's file turned out to be.
@@ -106,12 +112,12 @@ class Fill:
         A picture that cannot be decoded, or has no finite latent, is quarantined by name and not tried again. Raises
         UserError where the cache cannot be written.
         """
-        latents = self.plan.latents()
-        pieces = self._pieces(latents)
-        everything = range(len(pieces))
-        todo, missing = self._look(pieces, everything)
+        pieces = self._pieces()
+        state = self._look(pieces, range(len(pieces)))
+        reused = sum(each.there for each in state.values())
+        todo = {piece: each.pictures for piece, each in state.items() if each.pictures}
         if not todo:
-            return FillReport(latents - missing)
+            return FillReport(reused)
         why, encoded = Reasons(self.cache), Counter[str]()
         begin = round(self.start * len(todo))
         order = [*todo][begin:] + [*todo][:begin]
@@ -126,43 +132,50 @@ class Fill:
                     found_free = True
                     advance(todo.pop(piece, 0))
                 # What is left is in other hands, or was until a moment ago.
-                left, _ = self._look(pieces, order)
-                advance(sum(todo.pop(piece, 0) for piece in order if piece not in left))
-                order = list(left)
+                state |= self._look(pieces, order)
+                advance(sum(todo.pop(piece, 0) for piece in order if not state[piece].pictures))
+                order = [piece for piece in order if state[piece].pictures]
                 if order and not found_free:
                     log.info("%d pieces of the work are in the hands of other processes: waiting for them", len(order))
                     self.wait()
-        made = missing - self._look(pieces, everything)[1]
-        return FillReport(latents - missing, encoded, max(made - encoded.total(), 0))
+        shared = sum(each.there for each in state.values()) - reused - encoded.total()
+        return FillReport(reused, encoded, max(shared, 0))
 
-    def _pieces(self, latents: int) -> list[Integers]:
+    def _pieces(self) -> list[Integers]:
         """Return the record numbers of each piece: a bucket's in order, so that equal settings give equal pieces."""
-        size = max(1, PIECE * len(self.plan.picture_N) // latents)
+        cut = self.plan.cut
+        size = max(1, PIECE // (cut.variants * (2 if cut.flip else 1)))
         buckets = self.plan.by_bucket.values()
         return [members[first : first + size] for members in buckets for first in range(0, len(members), size)]
 
-    def _look(self, pieces: Sequence[Integers], among: Sequence[int]) -> tuple[dict[int, int], int]:
-        """Return how many pictures of each piece have to be encoded, where any, and how many latents are missing.
-
-        Those of pictures that cannot be encoded are missing for good.
-        """
+    def _look(self, pieces: Sequence[Integers], among: Sequence[int]) -> dict[int, State]:
+        """Return how these pieces stand, as far as anybody knows."""
         self._learn_news()
         numbers_K = np.concatenate([pieces[piece] for piece in among])
-        missing_K, failed_K = self._missing(numbers_K)
+        pictures_K = self.plan.picture_N[numbers_K]
+        contents_P, known_P, failed_P = self.contents.columns()
+        failed_K = failed_P[pictures_K]
+        there_K, missing_K = self.cache.count(contents_P[pictures_K], known_P[pictures_K], self.plan.subset(numbers_K))
         starts = np.cumsum([0, *(len(pieces[piece]) for piece in among[:-1])])
-        counts = np.add.reduceat((missing_K > 0) & ~failed_K, starts, dtype=np.int64).tolist()
-        return {piece: count for piece, count in zip(among, counts, strict=True) if count}, int(missing_K.sum())
+        there = np.add.reduceat(there_K, starts).tolist()
+        pictures = np.add.reduceat((missing_K > 0) & ~failed_K, starts, dtype=np.int64).tolist()
+        return {piece: State(*each) for piece, *each in zip(among, there, pictures, strict=True)}
 
     def _learn_news(self) -> None:
         self.contents.refresh()
         self.cache.refresh()
 
-    def _missing(self, numbers_K: Integers) -> tuple[Integers, NDArray[np.bool_]]:
-        """Return how many latents each of K records lacks, and whether its picture cannot be encoded."""
-        plan = self.plan.subset(numbers_K)
-        contents_P, known_P, failed_P = self.contents.columns()
-        pictures_K = plan.picture_N
-        return self.cache.missing(contents_P[pictures_K], known_P[pictures_K], plan), failed_P[pictures_K]
+    def _to_encode(self, numbers_K: Integers) -> list[int]:
+        """Return which of these few records have to be encoded."""
+        # Asked one by one: the columns of all pictures take as long as a piece may.
+        pictures = self.plan.picture_N[numbers_K].tolist()
+        contents = [self.contents.known(picture) for picture in pictures]
+        failed_K = np.array([self.contents.failure(picture) is not None for picture in pictures])
+        known_K = np.array([content is not None for content in contents])
+        contents_K = np.frombuffer(b"".join(content or bytes(16) for content in contents), np.uint64).reshape(-1, 2)
+        missing_K = self.cache.missing(contents_K, known_K, self.plan.subset(numbers_K))
+        wanted: list[int] = numbers_K[(missing_K > 0) & ~failed_K].tolist()
+        return wanted
 
     def _encode_free(
         self, pieces: Sequence[tuple[int, Integers]], why: Reasons, encoded: Counter[str], ahead: ThreadPoolExecutor
@@ -189,9 +202,7 @@ class Fill:
         for piece, numbers_K in free:
             # Another process may have worked on the piece before it died, or before it was free again.
             self._learn_news()
-            missing_K, failed_K = self._missing(numbers_K)
-            wanted = numbers_K[(missing_K > 0) & ~failed_K]
-            return piece, ahead.submit(self._open, wanted.tolist(), in_hand)
+            return piece, ahead.submit(self._open, self._to_encode(numbers_K), in_hand)
         return None
 
     def _open(self, numbers: Sequence[int], in_hand: AbstractSet[Made]) -> list[Opened]:
@@ -227,9 +238,6 @@ class Fill:
 
     def _encode(self, opened: Sequence[Opened], why: Reasons, encoded: Counter[str]) -> None:
         """Encode what was opened and let the other processes know what became of it."""
-        for each in opened:
-            if each.content and each.content != self.contents.known(each.record.picture):
-                self.contents.learn(each.record.picture, each.content)
         failed = {(each.content, plan): each.reason for each in opened for plan in each.wanted if each.reason}
         pixels = [one for each in opened for one in each.pixels]
         for one, latent in zip(pixels, self.encoder(pixels), strict=True):
@@ -237,11 +245,15 @@ class Fill:
                 failed[one.content, one.plan] = NOT_FINITE
             else:
                 encoded[why.of(one.sample_id, one.content, one.plan)] += 1
+        # After the latents: who stores them waits while the disk is full.
         for each in opened:
+            picture = each.record.picture
+            if each.content and each.content != self.contents.known(picture):
+                self.contents.learn(picture, each.content)
             # What is wrong with a picture is wrong with those that are equal to it.
             reasons = [each.reason, *(failed.get((each.content, plan)) for plan in each.wanted)]
             if reason := next(filter(None, reasons), None):
-                self.contents.fail(each.record.picture, reason)
+                self.contents.fail(picture, reason, lasting=bool(each.content))
 
 
 def _with_pixels(opened: Opened, job: Job, prepared: Prepared) -> Opened:

@@ -50,7 +50,7 @@ SIDE_PX = 32  # of the picture that is transformed
 THUMBNAIL_PX = 8
 # Coefficients are bits 0 or 1 as they lie below or above their median. In pictures that are flat or symmetric many lie
 # at zero like the median: without this distance, in grey levels, what compression adds would decide their bits.
-ABOVE_MEDIAN = 3.0
+ABOVE_MEDIAN = 2.0
 WITHIN_BITS = 4
 # Thumbnails, in levels of 255: a change of brightness is the same everywhere, the rest is small. It must be small
 # beside the picture's own contrast, too, or all drawings of a few thin lines would look the same.
@@ -137,25 +137,25 @@ class Bands:
     """Tables in which all pairs of hashes within a few bits are found.
 
     Of within + 2 bands of bits two are always equal in such a pair, so each two bands make a table that is sorted by
-    them. With three bits these are ten tables of 25 bits: among a million pictures of chance, no candidates at all.
+    them. With four bits these are fifteen tables of 21 bits: four candidates for each of a million hashes of chance.
     """
 
     def __init__(self, hashes_N: Hashes, within: int = WITHIN_BITS) -> None:
-        # Every fifth bit, not bits in a row: in smooth pictures the bits of high frequencies are all 0.
+        # Every sixth bit, not bits in a row: in smooth pictures the bits of high frequencies are all 0.
         masks = [sum(1 << bit for bit in range(band, 64, within + 2)) for band in range(within + 2)]
-        tables = [self._table(hashes_N & np.uint64(one | other)) for one, other in combinations(masks, 2)]
-        self._order_TN, self._place_TN, self._end_TN = (np.stack(part) for part in zip(*tables, strict=True))
+        keys = list(combinations(masks, 2))
+        self._order_TN, self._place_TN, self._end_TN = np.empty((3, len(keys), len(hashes_N)), np.int32)
+        for table, (one, other) in enumerate(keys):
+            self._fill(table, hashes_N & np.uint64(one | other))
 
-    @staticmethod
-    def _table(keys_N: Hashes) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]]:
-        """Return numbers sorted by key, each number's place among them, and where the place's equal keys end."""
+    def _fill(self, table: int, keys_N: Hashes) -> None:
+        """Note numbers sorted by key, each number's place among them, and where the place's equal keys end."""
         order_N = np.argsort(keys_N, kind="stable")  # within a key the numbers stay in order
         sorted_N = keys_N[order_N]
-        place_N = np.empty(len(order_N), np.int32)
-        place_N[order_N] = np.arange(len(order_N))
         last_N = np.flatnonzero(np.append(sorted_N[1:] != sorted_N[:-1], True))
-        end_N = np.repeat(last_N + 1, np.diff(last_N, prepend=-1))
-        return order_N.astype(np.int32), place_N, end_N.astype(np.int32)
+        self._order_TN[table] = order_N
+        self._place_TN[table, order_N] = np.arange(len(order_N))
+        self._end_TN[table] = np.repeat(last_N + 1, np.diff(last_N, prepend=-1))
 
     def count(self, numbers: Integers) -> Integers:
         """Return how many candidates `later` has for each number."""
@@ -249,7 +249,8 @@ def near_pictures(
     leader_P = np.arange(len(pictures))
     if processes.rank == 0:
         compared = np.flatnonzero(wanted_P & known_P)
-        leader_P[compared] = compared[_first_alike(digests_P2[compared], np.concatenate(entries))]
+        everything = entries[0] if len(entries) == 1 else np.concatenate(entries)
+        leader_P[compared] = compared[_first_alike(digests_P2[compared], everything)]
     return Groups(agree(leader_P, processes))
 
 
