@@ -74,7 +74,8 @@ def _update(paths: IndexPaths, source: PictureSource, progress: Progress, proces
         write_rows(paths.table, iter([stored]), generation_of(stored), read_to)
     for part in paths.parts():
         part.unlink()
-    del stored  # twice the index would be in memory
+    del stored, files  # twice the index would be in memory
+    pa.default_memory_pool().release_unused()
     table = load_index(paths.folder, source.identity)
     if table is None:
         raise ValueError(f"{paths.table} is gone")
