@@ -210,7 +210,7 @@ def digest_of(name: bytes) -> int:
 
 def checks_of(records: NDArray[np.void]) -> NDArray[np.uint64]:
     """Return what `check` must be in each record, so that one that was cut off is not believed."""
-    words = np.ascontiguousarray(records).view(np.uint64).reshape(len(records), -1)[:, 1:]
+    words = np.ascontiguousarray(records).view(np.uint64).reshape(-1, RECORD.itemsize // 8)[:, 1:]
     sums: NDArray[np.uint64] = (words * FACTORS + FACTORS[::-1]).sum(axis=1, dtype=np.uint64)
     return sums ^ (sums >> np.uint64(29))
 

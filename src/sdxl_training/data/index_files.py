@@ -122,7 +122,7 @@ def write_rows(path: Path, batches: Iterator[pa.Table], generation: int = 0, fol
     with pq.ParquetWriter(
         sink,
         INDEX.with_metadata(metadata),
-        compression="lz4",
+        compression="zstd",
         use_dictionary=["mode", "format"],
         write_statistics=False,
     ) as writer:

@@ -23,7 +23,7 @@ from sdxl_training.data.index_files import (
     write_rows,
 )
 from sdxl_training.data.index_looks import Progress, look_at_wanted
-from sdxl_training.data.index_rows import Comparison, Groups, Piece, differs, merged
+from sdxl_training.data.index_rows import Comparison, Groups, Piece, differs, is_unchanged, merged
 from sdxl_training.data.listing import PictureSource
 from sdxl_training.data.processes import available_cores
 
@@ -63,27 +63,43 @@ def load_index(folder: str | Path, identity: str) -> pa.Table | None:
 def _update(paths: IndexPaths, source: PictureSource, progress: Progress, processes: int) -> pa.Table:
     now = time.time_ns()
     files = source.list_files()
-    parts = [Piece(path) for path in paths.parts() if read_rows(path, ["file"]) is not None]
     stored = read_rows(paths.table)
-    folded = outdated = 0
+    read_to = outdated = 0
     if stored is not None:
-        stored, folded, outdated = with_hashes(stored, paths.hashes)
-    compared = Comparison.of(files, Groups.of([*parts, *([] if stored is None else [Piece(stored)])]))
-    fresh = look_at_wanted(paths, source, compared, now, progress, processes)
-    if stored is None or parts or differs(stored, compared, fresh):
-        write_rows(paths.table, merged(compared, Groups.of(fresh)), _new_generation(), folded)
-    elif outdated or folded - folded_in(stored) > MANY * RECORD.itemsize:
-        write_rows(paths.table, iter([stored]), generation_of(stored), folded)
-    else:
-        return stored
-    for path in paths.parts():
-        path.unlink()
-    del stored, compared, fresh, parts  # twice the index would be in memory
+        stored, read_to, outdated = with_hashes(stored, paths.hashes)
+    generation = _bring_up_to_date(paths, source, files, stored, read_to, now, progress, processes)
+    if stored is not None and generation is None:
+        if not outdated and read_to - folded_in(stored) <= MANY * RECORD.itemsize:
+            return stored
+        write_rows(paths.table, iter([stored]), generation_of(stored), read_to)
+    for part in paths.parts():
+        part.unlink()
+    del stored, files  # twice the index would be in memory
+    pa.default_memory_pool().release_unused()
     table = load_index(paths.folder, source.identity)
     if table is None:
         raise ValueError(f"{paths.table} is gone")
     return table
 
 
-def _new_generation() -> int:
-    return int.from_bytes(os.urandom(8), "little") >> 1
+def _bring_up_to_date(
+    paths: IndexPaths,
+    source: PictureSource,
+    files: pa.Table,
+    stored: pa.Table | None,
+    read_to: int,
+    now: int,
+    progress: Progress,
+    processes: int,
+) -> int | None:
+    """Look at what is new and write the index anew; returns its generation, None where nothing had changed."""
+    parts = [Piece(path) for path in paths.parts() if read_rows(path, ["file"]) is not None]
+    if stored is not None and not parts and is_unchanged(stored, files):
+        return None
+    compared = Comparison.of(files, Groups.of([*parts, *([] if stored is None else [Piece(stored)])]))
+    fresh = look_at_wanted(paths, source, compared, now, progress, processes)
+    if stored is not None and not parts and not differs(stored, compared, fresh):
+        return None
+    generation = int.from_bytes(os.urandom(8), "little") >> 1
+    write_rows(paths.table, merged(compared, Groups.of(fresh)), generation, read_to)
+    return generation

@@ -165,7 +165,7 @@ def _read_rows(
     root: str,
 ) -> TableRows:
     table, columns = read_table(Path(path), picture, captions, tags)
-    names = _inside(table[columns.picture], root).combine_chunks()
+    names = _inside(pa.concat_arrays(table[columns.picture].chunks), root)
     order = pc.sort_indices(names)
     names = names.take(order)
     same = pc.equal(names.slice(1), names.slice(0, len(names) - 1))
@@ -179,7 +179,7 @@ def _read_rows(
     return TableRows(names, table.take(order).combine_chunks(), columns)
 
 
-def _inside(names: pa.ChunkedArray, root: str) -> pa.ChunkedArray:
+def _inside(names: pa.Array, root: str) -> pa.Array:
     """Return file names as bytes, relative to the folder and without detours."""
     odd = pc.match_substring_regex(names, r"(^|/)\.{0,2}(/|$)")
     if pc.any(odd).as_py():

@@ -15,6 +15,7 @@ from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
+from itertools import repeat
 from typing import NamedTuple
 
 import numpy as np
@@ -87,14 +88,16 @@ def list_folders(places: Sequence[Place], ending: bytes | None) -> Listed:
     """Return what is in these folders, and not in folders inside. Raises OSError."""
     listed = Listed(places)
     names: list[bytes] = []
-    stamps: list[int] = []
+    columns: tuple[list[int], ...] = ([], [], [], [])
     for path, _ in places:
         pictures, captions, subfolders = _list_folder(path, ending, listed.others)
         pictures.sort()
-        inside = [picture[0] for picture in pictures]
-        for _, stem, size, mtime_ns in pictures:
-            caption_size, caption_mtime_ns = captions.get(stem, NONE)
-            stamps += (size, mtime_ns, caption_size, caption_mtime_ns)
+        inside: tuple[bytes, ...] = ()
+        if pictures:
+            inside, stems, *stamps = zip(*pictures, strict=True)
+            stamps += zip(*map(captions.get, stems, repeat(NONE)), strict=True)
+            for column, values in zip(columns, stamps, strict=True):
+                column += values
         names += inside
         listed.counts.append(len(inside))
         # A folder's files stand where its name with a slash would.
@@ -103,7 +106,7 @@ def list_folders(places: Sequence[Place], ending: bytes | None) -> Listed:
         )
     listed.names = b"".join(names)
     listed.lengths_N = np.fromiter(map(len, names), np.int64, len(names))
-    listed.stamps_N4 = np.array(stamps, np.int64).reshape(-1, 4)
+    listed.stamps_N4 = np.array(columns, np.int64).T
     return listed
 
 
