@@ -103,7 +103,12 @@ def test_the_unconditional_side_is_the_same_in_the_exported_folder(tmp_path: Pat
     for mode in ("zeros", "empty_string"):
         (tmp_path / mode).mkdir()
         run = make_run(tmp_path / mode, model, OBJECTIVES["v"], f"{{null_mode: {mode}}}")
-        drawn[mode] = numpy.stack(draw_prompts(run, PROMPTS, sampling_of(Previews(steps=25, guidance=6.0, seed=7, grid="trailing")))) / 255.0
+        drawn[mode] = (
+            numpy.stack(
+                draw_prompts(run, PROMPTS, sampling_of(Previews(steps=25, guidance=6.0, seed=7, grid="trailing")))
+            )
+            / 255.0
+        )
     export(tmp_path / null_mode / "run", None, True, "diffusers", tmp_path / "exported")
     theirs = draw_with_diffusers(tmp_path / "exported", 25, 6.0)
     assert numpy.abs(drawn.pop(null_mode) - theirs).mean() < 1 / 255

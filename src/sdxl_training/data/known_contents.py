@@ -41,11 +41,16 @@ class KnownContents:
         contents, rows = self._place(picture)
         return contents.failures.get(int(rows[0]))
 
-    def fail(self, picture: int, reason: str) -> None:
-        """Remember that the picture cannot be decoded or encoded."""
+    def fail(self, picture: int, reason: str, lasting: bool = True) -> None:
+        """Remember that the picture cannot be decoded or encoded; what is not lasting, for this process only."""
         contents, rows = self._place(picture)
-        if int(rows[0]) not in contents.failures:
-            contents.fail(rows.tolist(), [reason])
+        row = int(rows[0])
+        if row in contents.failures:
+            return
+        if lasting:
+            contents.fail([row], [reason])
+        else:
+            contents.failures[row] = reason
 
     def failures(self) -> list[Quarantined]:
         """Return the pictures that take part and cannot be decoded or encoded, by source and name."""
