@@ -60,12 +60,13 @@ class Shelf:
 
 
 class Memory:
-    """What one process knows of the bytes; `shared` is what the others have written into their files."""
+    """What one process knows of the bytes."""
 
     def __init__(self, pictures):
         self.digests = [None] * pictures
         self.failures = {}
-        self.unseen = []
+        self.lasting = {}
+        self.unseen = []  # what others have written into their files since
 
     def known(self, picture):
         return self.digests[picture]
@@ -77,8 +78,9 @@ class Memory:
     def failure(self, picture):
         return self.failures.get(picture)
 
-    def fail(self, picture, reason):
+    def fail(self, picture, reason, lasting=True):
         self.failures[picture] = reason
+        self.lasting[picture] = lasting
 
     def columns(self):
         digests = np.frombuffer(b"".join(each or bytes(16) for each in self.digests), "<u8").reshape(-1, 2)
@@ -353,4 +355,4 @@ def test_a_file_that_vanished_is_no_duplicate(two_sources, tmp_path):
     memory = Memory(7)
     groups = same_pictures(two_sources, memory, Bar())
     assert groups.leader_P.tolist() == [0, 1, 2, 3, 1, 5, 5]
-    assert list(memory.failures) == [0]
+    assert memory.lasting == {0: False}  # the next start tries it again

@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw
 from sdxl_training.data import perceptual
 from sdxl_training.data.demo_set import PictureSpec, draw_picture, draw_specs
 from sdxl_training.data.duplicates import listed
+from sdxl_training.data.images import digest_content
 from sdxl_training.data.perceptual import (
     SIGNATURE,
     WITHIN_BITS,
@@ -175,6 +176,30 @@ def test_brightness_counts_when_it_is_not_slight():
     assert not look_alike(signed([SMOOTH[0]]), signed([brighter(SMOOTH[0], 1.0, 20)]))[0]
 
 
+def two_levels(low, high):
+    """A signature whose colours are these two in turns: contrast and difference from their middle are the same."""
+    signature = np.zeros(1, SIGNATURE)
+    signature["thumbnail_CK"] = np.where(np.arange(64) % 2, high, low)
+    return signature
+
+
+@pytest.mark.parametrize(
+    ("contrast", "difference", "same"),
+    [(60, 10, True), (60, 11, False), (20, 6, True), (20, 8, False), (0, 2, True), (0, 4, False)],
+)
+def test_a_difference_must_be_small_beside_the_contrast(contrast, difference, same):
+    one = two_levels(120 - contrast, 120 + contrast)
+    other = one.copy()
+    other["thumbnail_CK"][0, 1, 5] += np.uint8(difference)
+    assert look_alike(one, other)[0] == look_alike(other, one)[0] == same
+
+
+def test_the_lower_contrast_counts():
+    flat, rough = two_levels(120, 120), two_levels(118, 123)  # 2.5: as much as the rough one by itself would allow
+    assert not look_alike(flat, rough)[0]
+    assert not look_alike(rough, flat)[0]
+
+
 def test_demo_pictures_that_look_the_same_are_the_same():
     specs = draw_specs(0, 720)
     signatures = signed([draw_picture(spec, (128, 128)) for spec in specs])
@@ -267,6 +292,25 @@ def test_groups_are_those_of_one_picture_after_another(seed, count, limits):
         assert first_alike(signatures).tolist() == one_after_another(signatures)
 
 
+def test_memory_is_bounded(monkeypatch):
+    rng = np.random.default_rng(0)
+    signatures = families(rng, 400)
+    signatures["hash"][::2] = 9
+    sizes = []
+    later = Bands.later
+
+    def counting(self, numbers):
+        left, right = later(self, numbers)
+        sizes.append((len(numbers), len(left)))
+        return left, right
+
+    monkeypatch.setattr(perceptual, "PAIRS_AT_ONCE", 5000)
+    monkeypatch.setattr(Bands, "later", counting)
+    assert first_alike(signatures).tolist() == one_after_another(signatures)
+    assert len(sizes) > 3
+    assert all(pairs <= 5000 or numbers == 1 for numbers, pairs in sizes)
+
+
 def test_the_ends_of_a_chain_are_not_one_group():
     start = DEMO[0].astype(int)
     chain = signed([np.clip(start * 0.8 + 4 * step, 0, 255).astype(np.uint8) for step in range(8)])
@@ -315,7 +359,8 @@ def test_near_duplicates_are_found_and_decoded_once_in_their_life(tmp_path):
     assert groups.leader_P.tolist() == ALIKE
     assert groups.kept_mask().tolist() == [True, True, False, True, False, False]
     assert listed(groups, shelf) == [["0.png", "2.png", "4.png"], ["1.png", "5.png"]]
-    assert list(memory.failures) == [3]
+    assert memory.lasting == {3: True}
+    assert [memory.known(number) for number in range(6)] == [digest_content(data) for data in shelf.files]
     assert "6 pictures are decoded" in bar.said[0]
     assert bar.done == {"comparing pictures": (6, 6)}
     shelf.reads.clear()
@@ -327,11 +372,11 @@ def test_near_duplicates_are_found_and_decoded_once_in_their_life(tmp_path):
 def test_only_new_contents_are_decoded(tmp_path):
     shelf, memory = a_shelf(), Memory(6)
     find(shelf, memory, tmp_path)
-    more = Shelf([encoded(PHOTOS[2]), *shelf.files, encoded(PHOTOS[2], "JPEG")])
+    more = Shelf([encoded(PHOTOS[1], "JPEG", quality=70), *shelf.files, encoded(PHOTOS[2])])
     known = Memory(8)
     known.digests[1:7], known.failures = memory.digests, {4: "damaged"}
     groups, _ = find(more, known, tmp_path)
-    assert groups.leader_P.tolist() == [0, 1, 2, 1, 4, 1, 2, 0]
+    assert groups.leader_P.tolist() == [0, 1, 0, 1, 4, 1, 0, 7]  # the new one is the first of its kind
     assert set(more.reads) == {0, 7}
 
 
@@ -341,6 +386,16 @@ def test_of_pictures_known_to_be_equal_one_is_decoded(tmp_path):
         memory.learn(number, bytes(16))  # which is put right when the file is read
     assert find(shelf, memory, tmp_path)[0].leader_P.tolist()[:3] == [0, 1, 0]
     assert set(shelf.reads) == {0, 1, 2, 3, 5}
+
+
+def test_what_cannot_be_read_or_decoded_is_like_none(tmp_path):
+    shelf = a_shelf()
+    damaged, memory = shelf.files[3], Memory(8)
+    files = Shelf([damaged, *shelf.files, None])
+    memory.learn(0, digest_content(damaged))  # its bytes have been read, but nobody has decoded them
+    assert find(files, memory, tmp_path)[0].leader_P.tolist() == [0, 1, 2, 1, 4, 1, 2, 7]
+    assert memory.lasting == {0: True, 4: True, 7: False}
+    assert memory.known(7) is None
 
 
 def test_what_takes_no_part_is_neither_decoded_nor_named(tmp_path):

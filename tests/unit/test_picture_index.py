@@ -472,12 +472,18 @@ def test_many_processes_append_without_loss(source: Spied, tmp_path: Path) -> No
         process.start()
     for process in processes:
         process.join()
-    assert shared.refresh() == 60
+    assert shared.refresh() == 120
     assert (shared.hash_of(np.arange(60))[0] == found).all()
-    assert update(source, cache)["reason"].to_pylist() == [f"damaged {row}" for row in range(60)]
+    assert shared.failures == {row: f"damaged {row}" for row in range(60)}
+    assert shared.refresh() == 0
 
 
-def test_failures_are_reasons_while_the_picture_is_the_same(source: Spied, tmp_path: Path) -> None:
+def failures_in(cache: Path, source: Spied) -> dict[int, str]:
+    """Return what another start knows of pictures that could not be decoded."""
+    return Contents(cache, source.identity, update(source, cache)).failures
+
+
+def test_failures_are_known_while_the_picture_is_the_same_and_never_change_the_index(source: Spied, tmp_path: Path) -> None:
     fill(source, 6)
     Path(source.root, os.fsdecode(b"\xff.png")).write_bytes(Path(source.root, "0/000.png").read_bytes())
     os.utime(Path(source.root, os.fsdecode(b"\xff.png")), ns=(OLD, OLD))
@@ -485,12 +491,10 @@ def test_failures_are_reasons_while_the_picture_is_the_same(source: Spied, tmp_p
     table = update(source, cache)
     Contents(cache, source.identity, table).fail([1, 6], ["its pixels\nend early", "é"])
     for _ in range(2):
-        after = update(source, cache)
-        assert after["reason"].to_pylist() == [None, "its pixels\nend early", None, None, None, None, "é"]
-        assert after["width"].to_pylist()[1] == after["height"].to_pylist()[1] == 0
-        assert after["width"].to_pylist()[0] > 0
+        assert update(source, cache).equals(table)
+        assert failures_in(cache, source) == {1: "its pixels\nend early", 6: "é"}
     put(source, "1/001.png", 5, OLD + 1)
-    assert update(source, cache)["reason"].to_pylist() == [None] * 6 + ["é"]
+    assert failures_in(cache, source) == {6: "é"}
     assert source.take_notes().count("1/001.png") == 2
 
 
@@ -530,14 +534,20 @@ def test_a_line_or_record_that_was_cut_off_costs_only_itself(source: Spied, tmp_
             for path, size in ((paths.hashes, 7), (paths.failures, 3)):
                 path.write_bytes(path.read_bytes()[:-size])
     after = update(source, cache)
-    assert after["reason"].to_pylist() == ["reason 0", None, "reason 2", "reason 3"]
+    assert failures_in(cache, source) == {0: "reason 0", 2: "reason 2", 3: "reason 3"}
     assert [digest is None for digest in after["content_hash"].to_pylist()] == [False, True, False, False]
     assert json.loads(paths.failures.read_text().splitlines()[-1])["name"].endswith("003.png")
 
 
-def test_a_full_disk_is_an_error_of_the_users(source: Spied, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_waited_for(source: Spied, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fill(source, 2)
     table = update(source, tmp_path / "cache")
-    monkeypatch.setattr(contents.os, "write", lambda file, data: len(data) - 1)
-    with pytest.raises(UserError, match="the disk is full"):
-        Contents(tmp_path / "cache", source.identity, table).learn(np.array([0]), digests(Random(0), 1))
+    learned = Contents(tmp_path / "cache", source.identity, table)
+    write, waited = os.write, []
+    monkeypatch.setattr(contents.os, "write", lambda file, data: write(file, data[: len(data) if waited else 5]))
+    monkeypatch.setattr(contents, "wait_for_room", lambda: waited.append(1))
+    learned.learn(np.array([0]), digests(Random(0), 1))
+    assert waited == [1]
+    again = Contents(tmp_path / "cache", source.identity, update(source, tmp_path / "cache"))
+    assert again.hash_of(np.array([0, 1]))[1].tolist() == [True, False], "the piece before it costs nothing"
+

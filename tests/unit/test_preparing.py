@@ -87,9 +87,9 @@ def test_pictures_are_prepared_at_once(monkeypatch, preparer):
     assert len(preparer([Job(encoded(NOISE), "a", PLANS)] * 4)) == 4
 
 
-def test_a_picture_of_another_size_than_planned_is_a_fault_of_the_program(preparer):
-    with pytest.raises(ValueError, match=r"pixels of \(72, 100\) do not match the plan"):
-        preparer([Job(encoded(NOISE[:, :100].copy()), "a", PLANS)])
+def test_a_picture_of_another_size_than_planned_has_changed(preparer):
+    (result,) = preparer([Job(encoded(NOISE[:, :100].copy()), "a", PLANS)])
+    assert str(result) == "a: it is no longer 72x104 as when it was indexed; start again"
 
 
 def test_plans_of_one_job_are_for_one_size():

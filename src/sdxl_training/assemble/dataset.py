@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from sdxl_training.assemble.captions import refuse_absent_tags
-from sdxl_training.assemble.sources import open_pictures
+from sdxl_training.assemble.sources import INDEX_FOLDER, open_pictures
 from sdxl_training.config.schema import Config, cache_folder
 from sdxl_training.data.bucket_lists import GENERATORS, buckets_at_resolutions, listed_buckets
 from sdxl_training.data.buckets import Fitting
@@ -23,11 +23,13 @@ from sdxl_training.data.cache import LatentCache
 from sdxl_training.data.claims import Claims
 from sdxl_training.data.crops import Cut
 from sdxl_training.data.dali import DaliPreparer, choose_backend
+from sdxl_training.data.duplicates import ALONE, SAME_LOOK, Processes, describe, same_pictures
 from sdxl_training.data.encoding import Encoder
 from sdxl_training.data.fetching import Fetch
 from sdxl_training.data.filling import PIECE, Fill
 from sdxl_training.data.images import RESAMPLING
 from sdxl_training.data.known_contents import KnownContents
+from sdxl_training.data.perceptual import near_pictures
 from sdxl_training.data.picture_plan import PicturePlan, plan_resolutions
 from sdxl_training.data.pictures import Pictures
 from sdxl_training.data.preparing import Preparer
@@ -53,13 +55,15 @@ class FoundPictures:
         return self.pictures.quarantined() + self.contents.failures()
 
 
-def find_pictures(config: Config, progress: Progress) -> FoundPictures:
-    """List the sources, look at what is new, and plan every picture; nothing is decoded.
+def find_pictures(config: Config, progress: Progress, processes: Processes = ALONE) -> FoundPictures:
+    """List the sources, look at what is new, and plan every picture; decoded only where near duplicates are sought.
 
-    Raises UserError where more pictures are unusable than data.max_bad_fraction allows.
+    processes: that share the reading where duplicates are sought. Raises UserError where more pictures are unusable
+    than data.max_bad_fraction allows.
     """
     data = config.data
     pictures, contents = open_pictures(config, progress)
+    pictures, contents = without_duplicates(config, pictures, contents, progress, processes)
     refuse_absent_tags(config, pictures)
     sizes, crop = data.buckets, data.crop
     fitting = Fitting(sizes.small_pictures, sizes.resolutions, sizes.max_crop)
@@ -79,6 +83,27 @@ def find_pictures(config: Config, progress: Progress) -> FoundPictures:
         )
     refuse_too_many_bad(config, found.quarantined(), pictures.found)
     return found
+
+
+def without_duplicates(
+    config: Config, pictures: Pictures, contents: KnownContents, progress: Progress, processes: Processes
+) -> tuple[Pictures, KnownContents]:
+    """Name pictures that are there several times, and leave out all but the first of each where that is wanted."""
+    data, folder = config.data, Path(cache_folder(config)) / INDEX_FOLDER
+    background = data.preprocessing.background
+    kept_P = np.ones(len(pictures), bool)
+    if data.duplicates != "keep":
+        groups = same_pictures(pictures, contents, progress, processes)
+        progress.message(describe(groups, pictures, NAMED))
+        kept_P &= groups.kept_mask() | (data.duplicates == "warn")
+    if data.near_duplicates != "keep":
+        groups = near_pictures(pictures, contents, folder, progress, processes, kept_P, background)
+        progress.message(describe(groups, pictures, NAMED, SAME_LOOK))
+        kept_P &= groups.kept_mask() | (data.near_duplicates == "warn")
+    if kept_P.all():
+        return pictures, contents
+    remaining = pictures.subset(kept_P)
+    return remaining, contents.of(remaining)
 
 
 def refuse_too_many_bad(config: Config, quarantined: Sequence[Quarantined], found: int) -> None:
@@ -170,7 +195,10 @@ class Dataset:
     @property
     def claims_name(self) -> str:
         """Return the name of the file by which processes that fill the cache with the same pieces know each other."""
-        return f"claims-{self._which()[:16]}"
+        if self.cache is None:
+            raise ValueError("there is no cache to fill")
+        pieces = _digest([_as_bytes(f"{self._which()} {self.plan.cut}"), np.frombuffer(self.cache.settings, np.uint8)])
+        return f"claims-{pieces[:16]}"
 
     def _which(self) -> str:
         return _digest([*self.found.pictures.names(), self.plan.picture_N, self.plan.bucket_N])
@@ -201,9 +229,11 @@ def _digest_text(items: Iterable[object]) -> str:
     return digest.hexdigest()
 
 
-def prepare_dataset(config: Config, group: Group, progress: Progress, vae_fingerprint: str) -> Dataset:
-    """Find and plan the pictures, and open the cache; nothing is decoded or encoded."""
-    found = find_pictures(config, progress)
+def prepare_dataset(
+    config: Config, group: Group, progress: Progress, vae_fingerprint: str, processes: Processes = ALONE
+) -> Dataset:
+    """Find and plan the pictures, and open the cache; nothing is encoded. processes: see `find_pictures`."""
+    found = find_pictures(config, progress, processes)
     background, mode = config.data.preprocessing.background, config.data.cache.mode
     preparer = open_preparer(config, group.device) if mode == "first" else None
     recipe = RESAMPLING if preparer is None else preparer.recipe

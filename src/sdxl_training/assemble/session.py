@@ -148,7 +148,7 @@ def open_session(
         load_weights(sdxl, checkpoint)
     if training.memory.gradient_checkpointing:
         recompute_activations(sdxl.unet)
-    dataset = prepare_dataset(config, group, progress, vae_fingerprint(sdxl.vae))
+    dataset = prepare_dataset(config, group, progress, vae_fingerprint(sdxl.vae), group)
     tokenizer = build_tokenizer(config, sdxl)
     if group.is_main:
         folder.write_quarantine(())

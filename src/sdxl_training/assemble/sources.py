@@ -60,10 +60,13 @@ def open_source(described: Source, config: Config) -> PictureSource:
 
 
 def session_name() -> str:
-    """Return what the processes of one start have in common, so that all see the same pictures."""
-    return (
-        f"{os.environ.get('TORCHELASTIC_RUN_ID', '')} {os.environ.get('TORCHELASTIC_RESTART_COUNT', '')} {os.getppid()}"
-    )
+    """Return what the processes of one start on this machine have in common, so that all see the same pictures.
+
+    Empty for a process alone: its next start from the same shell must look again.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return ""
+    return f"{os.getppid()} {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
 
 
 def kind_of(described: Source) -> str:

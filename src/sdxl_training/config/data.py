@@ -205,6 +205,9 @@ class Data(Section):
     duplicates: Literal["keep", "warn", "drop"] = Field(
         default="keep", description="What happens to pictures with the same bytes; warn and drop read candidates first."
     )
+    near_duplicates: Literal["keep", "warn", "drop"] = Field(
+        default="keep", description="What happens to pictures that look alike; warn and drop decode every picture once."
+    )
     max_bad_fraction: Fraction = Field(
         default=0.1, description="The run stops when more than this share of all pictures cannot be used."
     )

@@ -8,6 +8,7 @@ Shape legend: N pictures of the index, K records or pictures of a batch.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -20,6 +21,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from sdxl_training.data.index_files import HASH_BYTES, IndexPaths, folded_in, generation_of
+from sdxl_training.data.store_writer import FULL, say_full, wait_for_room
 from sdxl_training.records import UserError
 
 Hashes = NDArray[np.uint8]
@@ -66,7 +68,7 @@ class Contents:
         return hashes_K16, known_K
 
     def learn(self, rows: Rows, hashes_K16: Hashes) -> None:
-        """Keep the content hashes of rows, for this process and all others. Raises UserError when the disk is full."""
+        """Keep the content hashes of rows, for this process and all others. Waits while the disk is full."""
         rows = np.asarray(rows, np.int64)
         if not len(rows):
             return
@@ -82,7 +84,7 @@ class Contents:
     def fail(self, rows: Sequence[int], reasons: Sequence[str]) -> None:
         """Keep why pictures cannot be decoded or encoded, for this process and all others.
 
-        Not for files that could not be read: that says nothing of their content. Raises UserError when the disk is
+        Not for files that could not be read: that says nothing of their content. Waits while the disk is
         full.
         """
         self.failures |= dict(zip(rows, reasons, strict=True))
@@ -265,16 +267,24 @@ def _good(data: bytes, start: int) -> NDArray[np.bool_]:
 
 
 def _append(path: Path, data: bytes) -> None:
-    """Append in one write, so that what several processes append does not mix."""
-    try:
-        file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    """Append in one write, so that what several processes append does not mix; wait while the disk is full.
+
+    What a full disk lets through of a record is passed over when it is read.
+    """
+    said = False
+    while True:
         try:
-            written = os.write(file, data)
-        finally:
-            os.close(file)
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot be written ({error.strerror}). Free some space and continue the run."
-        ) from error
-    if written < len(data):
-        raise UserError(f"{path}: cannot be written (the disk is full). Free some space and continue the run.")
+            file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            try:
+                if os.write(file, data) == len(data):
+                    return
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            finally:
+                os.close(file)
+        except OSError as error:
+            if error.errno not in FULL:
+                raise UserError(f"{path}: cannot be written ({error.strerror}). Make the folder writable.") from error
+            if not said:
+                say_full(path, error)
+                said = True
+        wait_for_room()

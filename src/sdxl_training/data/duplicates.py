@@ -141,7 +141,7 @@ def same_pictures(
     numbers, digests = [], []
     for number, digest in zip(own.tolist(), _digests(own, pictures, progress, threads), strict=True):
         if isinstance(digest, UnreadablePicture):
-            contents.fail(number, digest.reason)
+            contents.fail(number, digest.reason, lasting=False)
         else:
             contents.learn(number, digest)
             numbers.append(number)

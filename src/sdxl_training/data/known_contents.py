@@ -8,6 +8,7 @@ Shape legend: P pictures.
 
 from __future__ import annotations
 
+from copy import copy
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,12 @@ class KnownContents:
     def __init__(self, folder: Path, pictures: Pictures) -> None:
         self._pictures = pictures
         self._of = [Contents(folder, source.source.identity, source.table) for source in pictures.sources]
+
+    def of(self, pictures: Pictures) -> KnownContents:
+        """Return what is known of some of the pictures, under their new numbers."""
+        chosen = copy(self)
+        chosen._pictures = pictures
+        return chosen
 
     def known(self, picture: int) -> bytes | None:
         """Return the digest of the picture's bytes, if somebody has read them."""

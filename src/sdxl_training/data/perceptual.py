@@ -18,6 +18,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from itertools import combinations
 from pathlib import Path
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -231,8 +232,8 @@ def near_pictures(
     """Find the pictures that look nearly the same; those of the same bytes are among them.
 
     A picture is decoded where `folder` holds nothing about its content; what is found is saved there now and then. One
-    that cannot be decoded is remembered as such in `contents`, and like none. among_P: which pictures are compared; all
-    where None. background: laid under transparent pixels. Raises UserError where `folder` cannot be written.
+    that cannot be decoded is remembered as such in `contents`, and is like none. among_P: which pictures are compared,
+    all where None. background: laid under transparent pixels. Raises UserError where `folder` cannot be written.
     """
     path = folder / f"{MAGIC.decode()}-{bytes(background).hex()}"
     digests_P2, known_P, failed_P = known_columns(contents)
@@ -276,6 +277,25 @@ def _first_alike(digests_N2: Digests, entries: Records) -> Integers:
     return first_N
 
 
+class Failure(NamedTuple):
+    """Why a picture has no signature; content: the digest of its bytes, empty where they could not be had."""
+
+    reason: str
+    content: bytes
+
+
+def _look(number: int, pictures: Readable, background: RGB) -> Records | Failure:
+    """Return a picture's entry ()."""
+    content = b""
+    try:
+        data = pictures.read(number)
+        content = digest_content(data)
+        pixels_HWC = decode_pixels(data, pictures[number].path, background).numpy()
+    except UnreadablePicture as error:
+        return Failure(error.reason, content)
+    return np.array((np.frombuffer(content, "<u8"), sign(pixels_HWC)), ENTRY)
+
+
 def _signed(
     todo: Integers,
     pictures: Readable,
@@ -287,13 +307,8 @@ def _signed(
 ) -> Iterator[tuple[Integers, Records]]:
     """Yield numbers and entries of the pictures that could be decoded, by all processes, a few thousand at a time."""
 
-    def entry(number: int) -> Records | UnreadablePicture:
-        try:
-            data = pictures.read(number)
-            pixels_HWC = decode_pixels(data, pictures[number].path, background).numpy()
-        except UnreadablePicture as error:
-            return error
-        return np.array((np.frombuffer(digest_content(data), "<u8"), sign(pixels_HWC)), ENTRY)
+    def look(number: int) -> Records | Failure:
+        return _look(number, pictures, background)
 
     if not len(todo):
         return
@@ -306,10 +321,12 @@ def _signed(
             own = part[processes.rank :: processes.world_size]
             numbers: list[int] = []
             found: list[Records] = []
-            for done, result in enumerate(in_threads(entry, own, threads)):
+            for done, result in enumerate(in_threads(look, own, threads)):
                 number = int(own[done])
-                if isinstance(result, UnreadablePicture):
-                    contents.fail(number, result.reason)
+                if isinstance(result, Failure):
+                    if result.content:
+                        contents.learn(number, result.content)
+                    contents.fail(number, result.reason, lasting=bool(result.content))
                 else:
                     contents.learn(number, result["content"].tobytes())
                     numbers.append(number)

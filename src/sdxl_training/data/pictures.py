@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Any, Literal, overload
 
@@ -17,7 +18,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from sdxl_training.data.buckets import Integers
-from sdxl_training.data.captions import split_alternatives, split_tags
+from sdxl_training.data.captions import join_tags, split_alternatives, split_tags
 from sdxl_training.data.filters import EVERYTHING, Filter
 from sdxl_training.data.lazy import Lazy
 from sdxl_training.data.listing import PictureSource
@@ -60,13 +61,15 @@ class IndexedSource:
         """Return for each row whether the picture takes part, as far as its header, caption and filters say."""
         usable_M = self._mask(pc.is_null(self.table["reason"]))
         if self.rules.missing != "empty":
-            usable_M &= self._mask(pc.is_valid(self.table["captions"]))
+            usable_M &= self._captioned()
         return usable_M & self.rules.only.passes(self.table, usable_M, self.tags)
 
     def without_caption(self) -> Integers:
         """Return the rows of readable pictures that have no caption."""
-        alone = pc.and_(pc.is_null(self.table["reason"]), pc.is_null(self.table["captions"]))
-        return np.flatnonzero(self._mask(alone))
+        return np.flatnonzero(self._mask(pc.is_null(self.table["reason"])) & ~self._captioned())
+
+    def _captioned(self) -> NDArray[np.bool_]:
+        return self._mask(pc.or_(pc.is_valid(self.table["captions"]), pc.is_valid(self.table["tags"])))
 
     def quarantined(self) -> Sequence[Quarantined]:
         """Return the pictures that cannot be used."""
@@ -78,8 +81,8 @@ class IndexedSource:
         return self.source.path(os.fsdecode(self._value("name", row)))
 
     def captions(self, row: int) -> tuple[str, ...]:
-        """Return the picture's captions, at least one."""
-        captions = self._value("captions", row) or [""]
+        """Return the picture's captions, at least one; where there are only tags they are the caption."""
+        captions = self._value("captions", row) or [join_tags(self._value("tags", row) or (), self.rules.separator)]
         return split_alternatives("\n".join(captions)) if self.rules.lines else tuple(captions)
 
     def tags(self, row: int) -> tuple[str, ...]:
@@ -153,6 +156,14 @@ class Pictures(Sequence[ImageRecord]):
         number = range(len(self))[index]
         source = int(self.source_P[number])
         return self.sources[source].record(source, int(self.row_P[number]), number)
+
+    def subset(self, kept_P: NDArray[np.bool_]) -> Pictures:
+        """Return only the pictures that are marked."""
+        chosen = copy(self)
+        ends = np.cumsum([len(rows) for rows in self.rows])[:-1]
+        chosen.rows = [rows[kept] for rows, kept in zip(self.rows, np.split(kept_P, ends), strict=True)]
+        chosen.source_P, chosen.row_P = self.source_P[kept_P], self.row_P[kept_P]
+        return chosen
 
     def read(self, number: int) -> bytes:
         """Return the bytes of picture `number`; raises UnreadablePicture."""

@@ -62,7 +62,7 @@ class Preparer(Protocol):
     def __call__(self, jobs: Sequence[Job]) -> list[Prepared]:
         """Carry out the jobs and return their results in order.
 
-        Raises ValueError where a picture is not of the size it was planned for.
+        A picture that is not of the size it was planned for cannot be used: it has changed.
         """
         ...
 
@@ -93,11 +93,14 @@ class CpuPreparer:
 
 
 def prepare(job: Job, background: RGB = WHITE) -> Prepared:
-    """Carry out one job in this thread; raises ValueError where the picture is not of the size it was planned for."""
+    """Carry out one job in this thread."""
     try:
         pixels_HWC = decode_pixels(job.data, job.path, background)
     except UnreadablePicture as error:
         return error
+    if tuple(pixels_HWC.shape[:2]) != job.original_hw:
+        height, width = job.original_hw
+        return UnreadablePicture(job.path, f"it is no longer {height}x{width} as when it was indexed; start again")
     return cut({size: _resize(pixels_HWC, job.original_hw, size) for size in job.resized_hws}, job.plans)
 
 
