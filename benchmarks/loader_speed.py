@@ -1,0 +1,211 @@
+"""How many samples a second come out of the loader when everything is in the cache, and what of that is the cache.
+
+    OMP_NUM_THREADS=1 python benchmarks/loader_speed.py    # latents of 1024 x 1024 pictures; a minute
+
+A cache of random latents (128 KiB each) is written to a temporary folder, with a caption for each. Batches are made as in
+training: latent, noise, a shuffled caption as token ids of the miniature, sizes. Once by two processes of a run that
+each make their own (data.workers: 0), once by two worker processes that hand them to a third through shared memory.
+Beside it, in the same run, the plainest alternative in both forms: one NumPy memory map, and as much noise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from contextlib import closing
+from datetime import datetime, timezone
+from multiprocessing.queues import Queue
+from multiprocessing.synchronize import Barrier
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from sdxl_training.data.cache import LATENT_CHANNELS, LATENT_FACTOR, LatentCache, Posterior
+from sdxl_training.data.captions import CaptionRules
+from sdxl_training.data.crops import centre_crop
+from sdxl_training.data.fetching import Stored
+from sdxl_training.data.loader import MicroBatches, open_loader
+from sdxl_training.data.sampler import BatchSchedule
+from sdxl_training.data.store_writer import StoreWriter
+from sdxl_training.model.load import load_sdxl
+from sdxl_training.model.text import caption_tokenizer
+from sdxl_training.objectives.noise import Noise
+from sdxl_training.records import Bucket, CropPlan, ImageRecord
+
+PLAIN = "two processes, plain: memory map and noise"
+SIDE = 1024
+BATCH = 8
+WORKERS = 2
+BUCKET = Bucket((SIDE, SIDE))
+SHAPE = (LATENT_CHANNELS, SIDE // LATENT_FACTOR, SIDE // LATENT_FACTOR)
+PLAN = centre_crop((SIDE, SIDE), BUCKET)
+VOCABULARY = [f"tag {number}" for number in range(500)]
+
+
+def content_of(number: int) -> bytes:
+    return number.to_bytes(16, "little")
+
+
+class Cached:
+    """Fetches a latent that is known to be there."""
+
+    def __init__(self, cache: LatentCache) -> None:
+        self.cache = cache
+
+    def __call__(self, record: ImageRecord, plan: CropPlan) -> Stored:
+        found = self.cache.read(content_of(record.picture), plan)
+        if found is None:
+            raise LookupError(record.path)
+        return Stored(*found)
+
+
+def write_cache(folder: Path, latents: int, posterior: Posterior, compression: str) -> LatentCache:
+    cache = LatentCache(folder, "vae", posterior)
+    generator = torch.Generator().manual_seed(0)
+    with StoreWriter(folder, compression) as writer:
+        for number in range(latents):
+            mean_CHW, std_CHW = torch.randn((2, *SHAPE), generator=generator).to(torch.float16)
+            content = content_of(number)
+            keys, origins = cache.key(content, PLAN)[None], cache.origin(number, content, PLAN)[None]
+            writer.append(keys, origins, [cache.moments(mean_CHW, std_CHW.abs() * 0.01)])
+    cache.refresh()
+    return cache
+
+
+def micro_batches(cache: LatentCache, latents: int, posterior: Posterior) -> MicroBatches:
+    random = np.random.default_rng(0)
+    records = []
+    for number in range(latents):
+        tags = tuple(random.choice(VOCABULARY, 12, replace=False).tolist())
+        record = ImageRecord(number, f"{number}.png", (SIDE, SIDE), (", ".join(tags),), tags, picture=number)
+        records.append(record)
+    return MicroBatches(
+        schedule=BatchSchedule({BUCKET: range(latents)}, [1] * latents, 0, BATCH),
+        records=records,
+        variants=[(PLAN,)] * latents,
+        weights=[1.0] * latents,
+        fetch=Cached(cache),
+        draw_noise=Noise(),
+        tokenize=caption_tokenizer(load_sdxl("miniature", 0, "cpu")).with_weights,
+        rules=[CaptionRules(shuffle=True, keep_first=1, tag_dropout=0.1, caption_dropout=0.1)],
+        seed=0,
+        posterior=posterior,
+    )
+
+
+class Plain(Dataset[tuple[Tensor, Tensor]]):
+    """The plainest thing that feeds a trainer: latents of one memory map, and noise."""
+
+    def __init__(self, path: Path, latents: int) -> None:
+        self.latents_NCHW = np.memmap(path, np.float16, "r", shape=(latents, *SHAPE))
+
+    def __len__(self) -> int:
+        return len(self.latents_NCHW)
+
+    def __getitem__(self, number: int) -> tuple[Tensor, Tensor]:
+        return torch.from_numpy(self.latents_NCHW[number].astype(np.float32)), torch.randn(SHAPE)
+
+
+def plain_loader(folder: Path, latents: int) -> Iterable[object]:
+    path = folder / "latents.bin"
+    if not path.exists():
+        written = np.memmap(path, np.float16, "w+", shape=(latents, *SHAPE))
+        written[:] = np.random.default_rng(0).standard_normal(written.shape, np.float32)
+        written.flush()
+    return DataLoader(Plain(path, latents), BATCH, shuffle=True, num_workers=WORKERS, prefetch_factor=2)
+
+
+def alone(batch_at: Callable[[int], object], steps: int, first: int, ready: Barrier, seconds: Queue[float]) -> None:
+    """Make batches in this process; every second one of all, so that two processes share them."""
+    for step in range(10):
+        batch_at(first + 2 * step)
+    ready.wait()
+    began = time.perf_counter()
+    for step in range(10, 10 + steps):
+        batch_at(first + 2 * step)
+    seconds.put(time.perf_counter() - began)
+
+
+def side_by_side(batch_at: Callable[[int], object], steps: int) -> float:
+    """Return the rate of two processes that each make batches for themselves."""
+    context = multiprocessing.get_context("fork")
+    ready, seconds = context.Barrier(2), context.Queue()
+    processes = [context.Process(target=alone, args=(batch_at, steps, first, ready, seconds)) for first in range(2)]
+    for process in processes:
+        process.start()
+    slowest = max(seconds.get() for _ in processes)
+    for process in processes:
+        process.join()
+    return 2 * steps * BATCH / slowest
+
+
+def samples_a_second(batches: Iterable[object], steps: int) -> float:
+    """Return the rate over `steps` batches after the first few, in which processes start and files are opened."""
+    iterator = iter(batches)
+    for _ in range(10):
+        next(iterator)
+    began = time.perf_counter()
+    for _ in range(steps):
+        next(iterator)
+    return steps * BATCH / (time.perf_counter() - began)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--latents", type=int, default=2000)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--repeats", type=int, default=3)
+    arguments = parser.parse_args()
+    cases: list[tuple[str, Posterior, str]] = [
+        ("posterior mean, compression none", "mean", "none"),
+        ("posterior mean, compression lossless", "mean", "lossless"),
+        ("posterior sample, compression none", "sample", "none"),
+        ("posterior sample, compression lossless", "sample", "lossless"),
+    ]
+    rates: dict[str, list[float]] = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        caches = {
+            title: (write_cache(folder / str(i), arguments.latents, posterior, compression), posterior)
+            for i, (title, posterior, compression) in enumerate(cases)
+        }
+        for _ in range(arguments.repeats):
+            plain = samples_a_second(
+                plain_loader(folder, arguments.latents), min(arguments.steps, arguments.latents // BATCH - 10)
+            )
+            rates.setdefault("two workers, plain: memory map and noise", []).append(plain)
+            plain_data = Plain(folder / "latents.bin", arguments.latents)
+
+            def plain_batch(step: int, data: Plain = plain_data) -> list[Tensor]:
+                samples = [data[(step * BATCH + i) % len(data)] for i in range(BATCH)]
+                return [torch.stack(parts) for parts in zip(*samples, strict=True)]
+
+            rates.setdefault(PLAIN, []).append(side_by_side(plain_batch, arguments.steps))
+            for title, (cache, posterior) in caches.items():
+                data = micro_batches(cache, arguments.latents, posterior)
+                rates.setdefault(f"two processes, {title}", []).append(side_by_side(data.__getitem__, arguments.steps))
+                with closing(open_loader(data, 0, 10**6, WORKERS, pin=False)) as loader:
+                    rates.setdefault(f"two workers, {title}", []).append(samples_a_second(loader, arguments.steps))
+    reference = statistics.median(rates[PLAIN])
+    print("# The loader when everything is cached\n")
+    print(
+        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, "
+        f"{datetime.now(timezone.utc):%Y-%m-%d}, load average {os.getloadavg()[0]:.1f}; {WORKERS} workers, batches of {BATCH}, "
+        f"latents of {SIDE} x {SIDE} pictures (128 KiB a mean). Median of {arguments.repeats}.\n"
+    )
+    print("| what | samples/s | to the plain loader |\n|---|---|---|")
+    for title, measured in sorted(rates.items()):
+        print(f"| {title} | {statistics.median(measured):,.0f} | {statistics.median(measured) / reference:.2f} |")
+
+
+if __name__ == "__main__":
+    main()
