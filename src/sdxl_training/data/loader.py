@@ -244,20 +244,25 @@ class MicroBatches(Dataset[RawBatch]):
     def _latent(self, sample: Sample) -> Tensor:
         """Return a latent_CHW, or for a picture without one the standard normal numbers that will make it a draw."""
         record, latent = sample.record, sample.latent
-        height, width = (side // LATENT_FACTOR for side in sample.plan.bucket.size_hw)
-        normal_CHW = torch.zeros(LATENT_CHANNELS, height, width)
-        if self.posterior == "sample":
-            generator = torch_generator(self.seed, Stream.POSTERIOR, sample.draw.visit, record.sample_id)
-            normal_CHW.normal_(generator=generator)
         if isinstance(latent, Unencoded):
-            return normal_CHW
-        latent_CHW = torch.addcmul(latent.mean_CHW, latent.std_CHW, normal_CHW)
+            return self._normal(sample)
+        latent_CHW = latent.mean_CHW
+        if self.posterior == "sample":
+            latent_CHW = torch.addcmul(latent_CHW, latent.std_CHW, self._normal(sample))
         if not latent_CHW.sum().isfinite():  # as good as asking each value, and twenty times as fast
             raise UserError(
                 f"{record.path}: its cached latent holds values that are not finite. Delete the cache, so that it is "
                 "encoded anew, or take the picture out of the data set."
             )
         return latent_CHW
+
+    def _normal(self, sample: Sample) -> Tensor:
+        """Return the numbers of a draw from the posterior; zeros, where it is the mean that counts."""
+        height, width = (side // LATENT_FACTOR for side in sample.plan.bucket.size_hw)
+        if self.posterior == "mean":
+            return torch.zeros(LATENT_CHANNELS, height, width)
+        generator = torch_generator(self.seed, Stream.POSTERIOR, sample.draw.visit, sample.record.sample_id)
+        return torch.randn((LATENT_CHANNELS, height, width), generator=generator)
 
 
 @dataclass(frozen=True, slots=True)

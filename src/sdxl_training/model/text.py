@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ Chunk = tuple[list[Token], list[Token]]
 # Blanks at which every version of CLIP's tokenizer ends a word, so that words can be read one by one.
 RUNS = re.compile(r"([ \t\n\r\f\v]+)|([^ \t\n\r\f\v]+)")
 CAPTIONS_AT_ONCE = 1024
+WORDS_REMEMBERED = 2**16  # by a tokenizer; a data set has a few thousand that matter
 
 
 def plain_text(caption: str) -> Sequence[tuple[str, float]]:
@@ -54,6 +55,9 @@ class CaptionTokenizer:
     chunks: int = 1
     separator: str = ","
     read: ReadWeights = plain_text
+    _ids_of: tuple[dict[str, list[int]], dict[str, list[int]]] = field(
+        default_factory=lambda: ({}, {}), init=False, compare=False, repr=False
+    )
 
     def __call__(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Return (ids_1_BL, ids_2_BL), int64, with L = K C.
@@ -102,12 +106,18 @@ class CaptionTokenizer:
     def _cut(self, captions: Sequence[str]) -> list[list[Chunk]]:
         """Return each caption's chunks; the last one may be longer than there is room for."""
         read = [_words(self.read(caption), self.separator) for caption in captions]
-        # Tags come again and again: each text is tokenised once.
-        texts = sorted({text for words in read for word in words for text, _ in word.parts})
-        ids_of = [_token_ids(tokenizer, texts) for tokenizer in self._tokenizers]
+        # Words come again and again: each is tokenised once.
+        texts = {text for words in read for word in words for text, _ in word.parts}
+        new = sorted(texts - self._ids_of[0].keys())
+        if len(self._ids_of[0]) + len(new) > WORDS_REMEMBERED:
+            new = sorted(texts)
+            for ids in self._ids_of:
+                ids.clear()
+        for ids, tokenizer in zip(self._ids_of, self._tokenizers, strict=True):
+            ids.update(_token_ids(tokenizer, new))
         cut = []
         for words in read:
-            units = [unit for word in words for unit in _units(word, ids_of, self._room)]
+            units = [unit for word in words for unit in _units(word, self._ids_of, self._room)]
             cut.append(_cut_into_chunks(units, self._room, self.chunks))
         return cut
 
