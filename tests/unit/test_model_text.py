@@ -344,3 +344,22 @@ def test_half_precision_encoders_give_fp32_states(tmp_path: Path) -> None:
     sdxl.text_encoder_2.bfloat16()
     for tokenize in (caption_tokenizer(sdxl), caption_tokenizer(sdxl, read=parse_weights)):
         assert {state.dtype for state in states(sdxl, tokenize, ["(red)"])} == {torch.float32}
+
+
+@given(captions=st.lists(st.text(alphabet="ab!é, .\t\n\u3000", max_size=40), min_size=1, max_size=5))
+def test_the_quick_way_for_plain_captions_is_the_general_one(sdxl: SDXL, captions: list[str]) -> None:
+    quick = caption_tokenizer(sdxl)
+    general = replace(quick, read=lambda caption: ((caption, 1.0),))
+    for ours, expected in zip(quick.with_weights(captions)[:2], general.with_weights(captions)[:2], strict=True):
+        assert torch.equal(ours, expected)
+
+
+def test_words_are_remembered_but_not_without_end(sdxl: SDXL, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sdxl_training.model.text.WORDS_REMEMBERED", 5)
+    tokenizer = caption_tokenizer(sdxl)
+    for number in range(20):
+        captions = [f"w{number} x{number} same", "same"]
+        expected = [[*plain_ids(sdxl, caption)] for caption in captions]
+        ids_1_BL, _ = tokenizer(captions)
+        assert [row[1 : 1 + len(ids)].tolist() for row, ids in zip(ids_1_BL, expected, strict=True)] == expected
+        assert all(len(ids) <= 5 for ids in tokenizer._ids_of)

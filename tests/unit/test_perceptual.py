@@ -396,6 +396,17 @@ def test_what_cannot_be_read_or_decoded_is_like_none(tmp_path):
     assert find(files, memory, tmp_path)[0].leader_P.tolist() == [0, 1, 2, 1, 4, 1, 2, 7]
     assert memory.lasting == {0: True, 4: True, 7: False}
     assert memory.known(7) is None
+    files.reads.clear()
+    assert find(files, memory, tmp_path)[0].leader_P.tolist() == [0, 1, 2, 1, 4, 1, 2, 7]
+    assert set(files.reads) == {7}  # the damaged one is not tried again, by content
+
+
+def test_groups_do_not_change_when_pictures_are_found_to_be_of_no_use(tmp_path):
+    shelf, memory = a_shelf(), Memory(6)
+    memory.fail(0, "its latent is not finite")
+    assert find(shelf, memory, tmp_path)[0].leader_P.tolist() == ALIKE
+    memory.fail(1, "its latent is not finite")
+    assert find(shelf, memory, tmp_path)[0].leader_P.tolist() == ALIKE
 
 
 def test_what_takes_no_part_is_neither_decoded_nor_named(tmp_path):
@@ -423,7 +434,7 @@ def test_an_interrupted_start_keeps_what_it_saved(tmp_path, monkeypatch):
     shelf.files[4] = whole
     shelf.reads.clear()
     assert find(shelf, memory, tmp_path)[0].leader_P.tolist() == ALIKE
-    assert set(shelf.reads) <= {4, 5}  # 3 is known to be damaged
+    assert set(shelf.reads) <= {4, 5}
 
 
 def test_a_damaged_file_costs_time_only(tmp_path, caplog):

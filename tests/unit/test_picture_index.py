@@ -483,7 +483,7 @@ def failures_in(cache: Path, source: Spied) -> dict[int, str]:
     return Contents(cache, source.identity, update(source, cache)).failures
 
 
-def test_failures_are_known_while_the_picture_is_the_same_and_never_change_the_index(source: Spied, tmp_path: Path) -> None:
+def test_failures_hold_while_the_picture_is_the_same_and_never_change_the_index(source: Spied, tmp_path: Path) -> None:
     fill(source, 6)
     Path(source.root, os.fsdecode(b"\xff.png")).write_bytes(Path(source.root, "0/000.png").read_bytes())
     os.utime(Path(source.root, os.fsdecode(b"\xff.png")), ns=(OLD, OLD))
@@ -550,4 +550,3 @@ def test_a_full_disk_is_waited_for(source: Spied, tmp_path: Path, monkeypatch: p
     assert waited == [1]
     again = Contents(tmp_path / "cache", source.identity, update(source, tmp_path / "cache"))
     assert again.hash_of(np.array([0, 1]))[1].tolist() == [True, False], "the piece before it costs nothing"
-

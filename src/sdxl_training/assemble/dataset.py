@@ -66,6 +66,8 @@ def find_pictures(config: Config, progress: Progress, processes: Processes = ALO
     pictures, contents = without_duplicates(config, pictures, contents, progress, processes)
     refuse_absent_tags(config, pictures)
     sizes, crop = data.buckets, data.crop
+    if crop.position == "focus":
+        pictures.check_focus()
     fitting = Fitting(sizes.small_pictures, sizes.resolutions, sizes.max_crop)
     cut = Cut(crop.position, crop.variants, crop.flip, crop.seed)
     plan = plan_resolutions(pictures, bucket_lists(config), fitting, cut, pictures.columns())

@@ -105,7 +105,9 @@ class Buckets(Section):
 class Crop(Section):
     """What is cut out of a picture to make it its bucket's size."""
 
-    position: Literal["centre", "random"] = Field(default="centre", description="Where pictures are cut.")
+    position: Literal["centre", "random", "focus"] = Field(
+        default="centre", description="Where pictures are cut; focus: around the box in a JSON caption."
+    )
     variants: int = Field(
         default=1, ge=1, description="Random crops kept of each picture; each is a latent, visits take turns."
     )

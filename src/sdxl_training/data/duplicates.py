@@ -131,11 +131,12 @@ def same_pictures(
     """Find the pictures that have the same bytes.
 
     Only pictures of equal length can be equal: of those the ones that nobody has read yet are read, and their digests
-    remembered in `contents`. A picture that cannot be read is remembered as such, and equal to none. threads: how many
-    read at once; as many as the machine suggests where None.
+    remembered in `contents`. A picture that cannot be read is remembered as such, and equal to none; whether one can be
+    decoded does not matter, so that the next start, which knows more about that, finds the same groups. threads: how
+    many read at once; as many as the machine suggests where None.
     """
-    digests_P2, known_P, failed_P = known_columns(contents)
-    candidates_P = _occur_twice(pictures.column("length")) & ~failed_P
+    digests_P2, known_P = known_columns(contents)
+    candidates_P = _occur_twice(pictures.column("length"))
     unread = agree(np.flatnonzero(candidates_P & ~known_P), processes)
     own = unread[processes.rank :: processes.world_size]
     numbers, digests = [], []
@@ -155,11 +156,11 @@ def same_pictures(
     return Groups(agree(leader_P, processes))
 
 
-def known_columns(contents: Contents) -> tuple[Digests, Mask, Mask]:
-    """Return what all processes know by now: digests (P, 2), which are known, which pictures failed; copies."""
+def known_columns(contents: Contents) -> tuple[Digests, Mask]:
+    """Return what all processes know by now: digests (P, 2), and which are known; copies."""
     contents.refresh()
-    digests_P2, known_P, failed_P = contents.columns()
-    return digests_P2.copy(), known_P.copy(), failed_P.copy()
+    digests_P2, known_P, _ = contents.columns()
+    return digests_P2.copy(), known_P.copy()
 
 
 def first_equal(digests_N2: Digests) -> Integers:
@@ -192,9 +193,9 @@ def describe(groups: Groups, pictures: Readable, limit: int, likeness: Likeness 
     named = [f"\n  {_named(members, pictures, likeness)}" for members in groups.members[:limit]]
     more = len(groups.members) - len(named)
     return (
-        f"{groups.dropped + len(groups.members)} pictures in {len(groups.members)} groups {likeness.words}:"
+        f"{groups.dropped + len(groups.members)} pictures in {_groups(len(groups.members))} {likeness.words}:"
         + "".join(named)
-        + (f"\n  and {more} more groups" if more else "")
+        + (f"\n  and {_groups(more, 'more ')}" if more else "")
     )
 
 
@@ -223,6 +224,10 @@ def _digests(
         for result in in_threads(digest, numbers, threads):
             yield result
             advance(1)
+
+
+def _groups(count: int, more: str = "") -> str:
+    return f"{count} {more}group{'' if count == 1 else 's'}"
 
 
 def _named(members: Integers, pictures: Readable, likeness: Likeness) -> str:

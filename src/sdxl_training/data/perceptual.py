@@ -62,6 +62,7 @@ MAX_LOG_ASPECT = 0.03
 
 SIGNATURE = np.dtype([("hash", "<u8"), ("log_aspect", "<f4"), ("thumbnail_CK", "u1", (3, THUMBNAIL_PX**2))])
 ENTRY = np.dtype([("content", "<u8", 2), ("signature", SIGNATURE)])
+NO_LOOK = np.array((0, math.nan, 0), SIGNATURE)  # of what cannot be decoded
 MAGIC = b"looks001"  # the last figures are the version of the signatures and of the file
 PAIRS_AT_ONCE = 2**21
 PICTURES_AT_ONCE = 2**17
@@ -232,12 +233,13 @@ def near_pictures(
     """Find the pictures that look nearly the same; those of the same bytes are among them.
 
     A picture is decoded where `folder` holds nothing about its content; what is found is saved there now and then. One
-    that cannot be decoded is remembered as such in `contents`, and is like none. among_P: which pictures are compared,
-    all where None. background: laid under transparent pixels. Raises UserError where `folder` cannot be written.
+    that cannot be decoded is remembered as such in both, and is like none. The groups follow from the pictures' bytes
+    alone, so that the next start, which knows more failures, finds the same. among_P: which pictures are compared, all
+    where None. background: laid under transparent pixels. Raises UserError where `folder` cannot be written.
     """
     path = folder / f"{MAGIC.decode()}-{bytes(background).hex()}"
-    digests_P2, known_P, failed_P = known_columns(contents)
-    wanted_P = ~failed_P if among_P is None else among_P & ~failed_P
+    digests_P2, known_P = known_columns(contents)
+    wanted_P = np.ones(len(pictures), bool) if among_P is None else among_P
     # Only the first process keeps signatures: they are a fifth of a gigabyte for a million pictures.
     entries = [read_signatures(path) if processes.rank == 0 else np.empty(0, ENTRY)]
     todo = agree(_unsigned(digests_P2, wanted_P, known_P, entries[0]), processes)
@@ -263,10 +265,11 @@ def _unsigned(digests_P2: Digests, wanted_P: Mask, known_P: Mask, entries: Recor
 
 
 def _first_alike(digests_N2: Digests, entries: Records) -> Integers:
-    """Return for each content the number of the first one that looks like it; its own where nothing is known of it."""
+    """Return for each content the number of the first one that looks like it; its own where it has no look."""
     both = first_equal(np.concatenate([entries["content"], digests_N2]))
     row_N = both[len(entries) :]
-    numbers = np.flatnonzero(row_N < len(entries))
+    decoded = np.append(np.isfinite(entries["signature"]["log_aspect"]), np.zeros(len(digests_N2), bool))
+    numbers = np.flatnonzero(decoded[row_N])
     rows, first, which = np.unique(row_N[numbers], return_index=True, return_inverse=True)
     order = np.argsort(first)  # one of each content, as the pictures come
     rank = np.empty_like(order)
@@ -277,23 +280,23 @@ def _first_alike(digests_N2: Digests, entries: Records) -> Integers:
     return first_N
 
 
-class Failure(NamedTuple):
-    """Why a picture has no signature; content: the digest of its bytes, empty where they could not be had."""
+class Look(NamedTuple):
+    """What decoding a picture came to: its entry (), none where it could not be read; and why it cannot be used."""
 
-    reason: str
-    content: bytes
+    entry: Records | None
+    reason: str = ""
 
 
-def _look(number: int, pictures: Readable, background: RGB) -> Records | Failure:
-    """Return a picture's entry ()."""
-    content = b""
+def _look(number: int, pictures: Readable, background: RGB) -> Look:
+    entry, reason = None, ""
     try:
         data = pictures.read(number)
-        content = digest_content(data)
+        entry = np.array((np.frombuffer(digest_content(data), "<u8"), NO_LOOK), ENTRY)
         pixels_HWC = decode_pixels(data, pictures[number].path, background).numpy()
+        entry["signature"] = sign(pixels_HWC)
     except UnreadablePicture as error:
-        return Failure(error.reason, content)
-    return np.array((np.frombuffer(content, "<u8"), sign(pixels_HWC)), ENTRY)
+        reason = error.reason
+    return Look(entry, reason)
 
 
 def _signed(
@@ -305,9 +308,9 @@ def _signed(
     processes: Processes,
     threads: int | None,
 ) -> Iterator[tuple[Integers, Records]]:
-    """Yield numbers and entries of the pictures that could be decoded, by all processes, a few thousand at a time."""
+    """Yield numbers and entries of the pictures that could be read, by all processes, a few thousand at a time."""
 
-    def look(number: int) -> Records | Failure:
+    def look(number: int) -> Look:
         return _look(number, pictures, background)
 
     if not len(todo):
@@ -321,16 +324,14 @@ def _signed(
             own = part[processes.rank :: processes.world_size]
             numbers: list[int] = []
             found: list[Records] = []
-            for done, result in enumerate(in_threads(look, own, threads)):
+            for done, (entry, reason) in enumerate(in_threads(look, own, threads)):
                 number = int(own[done])
-                if isinstance(result, Failure):
-                    if result.content:
-                        contents.learn(number, result.content)
-                    contents.fail(number, result.reason, lasting=bool(result.content))
-                else:
-                    contents.learn(number, result["content"].tobytes())
+                if entry is not None:
+                    contents.learn(number, entry["content"].tobytes())
                     numbers.append(number)
-                    found.append(result)
+                    found.append(entry)
+                if reason:
+                    contents.fail(number, reason, lasting=entry is not None)
                 advance(len(part) * (done + 1) // len(own) - len(part) * done // len(own))  # the others are as far
             everything = processes.gather([(np.array(numbers, np.int64), np.array(found, ENTRY).reshape(-1))])
             yield np.concatenate([each[0] for each in everything]), np.concatenate([each[1] for each in everything])

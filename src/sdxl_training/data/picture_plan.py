@@ -175,7 +175,9 @@ class PicturePlan:
         return self._variants_of(self._record(number), number)
 
     def _variants_of(self, record: ImageRecord, number: int) -> tuple[CropPlan, ...]:
-        box = None if record.focus is None else read_box(record.focus, record.size_hw, f"{record.path}: focus")
+        box = None
+        if self.cut.position == "focus" and record.focus is not None:
+            box = read_box(record.focus, record.size_hw, f"{record.path}: focus")
         return self.cut.plans(record.size_hw, self.buckets[self.bucket_N[number]], record.sample_id, box)
 
     def _left_out(self, number: int) -> LeftOut:
@@ -193,8 +195,7 @@ def plan_resolutions(
     """Plan every picture. resolutions: the buckets of each, the largest first.
 
     columns: those of `pictures`, where they are already there. Further appearances of a picture at other resolutions
-    have sample ids of their own, so their randomness differs. Raises UserError when no picture is left, or for a focus
-    box outside its picture.
+    have sample ids of their own, so their randomness differs. Raises UserError when no picture is left.
     """
     columns = columns or Columns.of(pictures)
     places = fitting.place(columns.heights_P, columns.widths_P, resolutions)

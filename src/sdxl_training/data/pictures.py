@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from sdxl_training.data.buckets import Integers
 from sdxl_training.data.captions import join_tags, split_alternatives, split_tags
+from sdxl_training.data.crops import read_box
 from sdxl_training.data.filters import EVERYTHING, Filter
 from sdxl_training.data.lazy import Lazy
 from sdxl_training.data.listing import PictureSource
@@ -70,6 +71,10 @@ class IndexedSource:
 
     def _captioned(self) -> NDArray[np.bool_]:
         return self._mask(pc.or_(pc.is_valid(self.table["captions"]), pc.is_valid(self.table["tags"])))
+
+    def boxed(self) -> NDArray[np.bool_]:
+        """Return which rows have a focus box."""
+        return self._mask(pc.is_valid(self.table["focus"]))
 
     def quarantined(self) -> Sequence[Quarantined]:
         """Return the pictures that cannot be used."""
@@ -156,6 +161,20 @@ class Pictures(Sequence[ImageRecord]):
         number = range(len(self))[index]
         source = int(self.source_P[number])
         return self.sources[source].record(source, int(self.row_P[number]), number)
+
+    def check_focus(self) -> None:
+        """Raise one UserError for all focus boxes that do not lie in their pictures."""
+        problems = []
+        for number, source in enumerate(self.sources):
+            boxed = np.intersect1d(np.flatnonzero(source.boxed()), self.rows[number])
+            for row in boxed.tolist():
+                try:
+                    record = source.record(number, row, 0)
+                    read_box(record.focus, record.size_hw, f"{record.path}: focus")
+                except UserError as error:
+                    problems.append(str(error))
+        if problems:
+            raise UserError(f"data.crop.position = focus:\n{_listed(problems)}")
 
     def subset(self, kept_P: NDArray[np.bool_]) -> Pictures:
         """Return only the pictures that are marked."""
