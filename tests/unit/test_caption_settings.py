@@ -6,13 +6,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from sdxl_training.data.scan import CaptionFiles
 
-from sdxl_training.assemble.captions import build_tokenizer, caption_files, caption_rules
+from sdxl_training.assemble.captions import build_tokenizer, caption_rules
+from sdxl_training.assemble.sources import open_source, source_rules
 from sdxl_training.config.data import Captions
 from sdxl_training.config.schema import Config
 from sdxl_training.data.caption_weights import parse_weights
 from sdxl_training.data.captions import CaptionRules
+from sdxl_training.data.filters import Filter
+from sdxl_training.data.pictures import SourceRules
 from sdxl_training.model.load import load_sdxl
 from sdxl_training.model.text import CaptionTokenizer, plain_text
 from tests.tiny_sdxl import tiny_pipeline
@@ -43,15 +45,36 @@ def config() -> Config:
     return config
 
 
-def test_rules_and_files_have_every_setting(config: Config) -> None:
+def test_rules_of_captions_and_sources_have_every_setting(config: Config) -> None:
     plain, around = caption_rules(config)
     of_all = CaptionRules("; ", False, 3, 0.2, 0.3, "prose", "empty_string", ("{tags}. {caption}",), weights=True)
     assert (plain, around) == (of_all, replace(of_all, front=("x", "y"), back=("z",)))
-    files = caption_files(config.data.captions)
-    assert files == CaptionFiles(".caption", "; ", "leave_out", "prose", "lines", True)
-    assert CaptionFiles() == caption_files(Captions())
+    told = "it is the file with the picture's name and the ending .caption"
+    read = SourceRules(separator="; ", kind="prose", weights=True, lines=True, missing="leave_out", captions_are=told)
+    assert [source_rules(source, config) for source in config.data.sources] == [read] * 2
     defaults = Config.model_validate({"data": {"sources": SOURCES[:1]}})
     assert caption_rules(defaults) == (CaptionRules(shuffle=True, keep_first=1, caption_dropout=0.1),)
+    (source,) = defaults.data.sources
+    assert source_rules(source, defaults) == SourceRules(captions_are=told.replace(".caption", ".txt"))
+
+
+def test_captions_are_looked_for_under_their_ending(config: Config, tmp_path: Path) -> None:
+    """The ending goes to the source, which lists the files."""
+    (tmp_path / "0.png").touch()
+    (tmp_path / "0.txt").write_text("not this")
+    (tmp_path / "0.caption").write_text("this")
+    source = config.data.sources[0].model_copy(update={"path": str(tmp_path)})
+    opened = open_source(source, config)
+    assert opened.extension == ".caption"
+
+
+def test_every_rule_of_a_source_arrives() -> None:
+    only = {"names": ["a/*"], "except_names": ["b/*"], "any_tag": ["c"], "no_tag": ["d"], "min_side_px": 7}
+    sources = [{"path": "a", "repeats": 3, "weight": 2.5, "only": only}]
+    config = Config.model_validate({"data": {"sources": sources}})
+    rules = source_rules(config.data.sources[0], config)
+    assert (rules.repeats, rules.weight) == (3, 2.5)
+    assert rules.only == Filter(("a/*",), ("b/*",), ("c",), ("d",), 7)
 
 
 def test_the_tokenizer_has_every_setting(config: Config, tmp_path: Path) -> None:

@@ -121,7 +121,7 @@ def test_overrides_are_checked_the_same_way(tmp_path, override, rule):
 
 def test_a_config_without_pictures_is_told_so(tmp_path):
     problem = one(tmp_path, "training: {batch_size: 2}")
-    assert (problem.place, problem.text) == ("data.sources", "is required: Folders of pictures; at least one")
+    assert (problem.place, problem.text) == ("data.sources", "is required: Places with pictures; at least one")
 
 
 def test_epsilon_at_snr_0_is_explained(tmp_path):

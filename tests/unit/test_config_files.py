@@ -11,6 +11,7 @@ from sdxl_training.config import data as data_module
 from sdxl_training.config import load_config
 from sdxl_training.config import schema as schema_module
 from sdxl_training.config.__main__ import FILES
+from sdxl_training.config.data import Source
 from sdxl_training.config.schema import Section, default_values
 from sdxl_training.config.tree import parse_yaml
 
@@ -28,9 +29,9 @@ def test_written_files_are_up_to_date(path):
 
 def test_config_yaml_holds_exactly_the_defaults():
     values = parse_yaml(TEXT, "config.yaml").plain()
-    assert values["data"].pop("sources") == [
-        {"path": "path/to/pictures", "repeats": 1, "add_tags": {"front": [], "back": []}}
-    ]
+    source = Source(path="path/to/pictures").model_dump(mode="json")
+    assert values["data"].pop("sources") == [source]
+    assert source.keys() == Source.model_fields.keys()
     assert values == json.loads(json.dumps(default_values()))
 
 

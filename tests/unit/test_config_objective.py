@@ -22,6 +22,8 @@ from sdxl_training.records import UserError
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[2]
 SOURCES = "data:\n  sources:\n    - path: pictures\n"
+FILLED_FIRST = "data.cache.mode=first"
+LONE = (FILLED_FIRST, "training.batch_size=1")
 
 
 def types_of(family):
@@ -80,9 +82,17 @@ def test_every_combination_is_built_or_refused_by_name(tmp_path, objective):
 
 @pytest.mark.parametrize("coupling", types_of(Coupling))
 def test_couplings_are_built(tmp_path, coupling):
-    config = load(tmp_path, f"training.coupling={{type: {coupling}}}").config
+    config = load(tmp_path, FILLED_FIRST, f"training.coupling={{type: {coupling}}}").config
     assert (build_coupling(config) is None) == (coupling in ("independent", "nearest_of"))
     assert build_noise(config).nearest_of == (4 if coupling == "nearest_of" else 1)
+
+
+@pytest.mark.parametrize("mode", ["ahead", "none"])
+@pytest.mark.parametrize("coupling", sorted(set(types_of(Coupling)) - {"independent"}))
+def test_a_coupling_needs_the_cache_filled_first(tmp_path, coupling, mode):
+    problem = the_problem(tmp_path, f"data.cache.mode={mode}", f"training.coupling={{type: {coupling}}}")
+    assert problem.place == "training.coupling.type"
+    assert f"set data.cache.mode: first (it is {mode})" in problem.text
 
 
 @pytest.mark.parametrize("shift", ["{type: none}", "{type: fixed, factor: 4}", "{type: per_bucket, factor: 2}"])
@@ -211,8 +221,8 @@ FLOW = "training.objective={type: flow_matching}"
             "loss_weight.terminal",
             "has no effect",
         ),
-        ([V_ZT, "training.coupling={type: nearest_of}"], "coupling.type", "leans toward the picture"),
-        ([FLOW, "training.coupling={type: nearest_of}"], "coupling.type", "leans toward the picture"),
+        ([V_ZT, FILLED_FIRST, "training.coupling={type: nearest_of}"], "coupling.type", "leans toward the picture"),
+        ([FLOW, FILLED_FIRST, "training.coupling={type: nearest_of}"], "coupling.type", "leans toward the picture"),
         (
             ["training.objective={type: flow_matching, mode: raw, zero_terminal_snr: false}"],
             "objective.zero_terminal_snr",
@@ -247,8 +257,8 @@ def test_what_cannot_work_is_refused_by_name(tmp_path, overrides, place, words):
         (["training.level_density={type: log_normal_sigma}"], "2.6% of its levels are cleaner"),
         ([V_ZT, "training.level_density={type: log_normal_sigma}"], "2.6% of its levels are cleaner"),
         (["training.level_density={type: adaptive, base: {type: cosmap}}"], "4.3%"),
-        (["training.batch_size=1", "training.coupling={type: optimal_transport}"], "no noise to exchange"),
-        (["training.batch_size=1", "training.coupling={type: conditional_transport}"], "no noise to exchange"),
+        ([*LONE, "training.coupling={type: optimal_transport}"], "no noise to exchange"),
+        ([*LONE, "training.coupling={type: conditional_transport}"], "no noise to exchange"),
         (["training.batch_size=1", "training.stratified_levels=true"], "changes nothing"),
     ],
 )

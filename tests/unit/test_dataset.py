@@ -1,11 +1,11 @@
-"""Pictures on disk become a data set: variants, batches by pixels, and what a checkpoint remembers of them."""
+"""Pictures on disk become a data set: variants, batches by pixels, what a checkpoint remembers of them, the cache."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,90 +15,201 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from sdxl_training.assemble.dataset import Dataset, arithmetic, prepare_dataset
+from sdxl_training.assemble.dataset import (
+    Dataset,
+    arithmetic,
+    fill_cache,
+    latent_folder,
+    prepare_dataset,
+    refuse_too_many_bad,
+)
 from sdxl_training.config.schema import Config
+from sdxl_training.data.encoding import Encoder
+from sdxl_training.data.fetching import Stored, Unencoded
+from sdxl_training.data.images import UnreadablePicture
+from sdxl_training.data.store_writer import StoreWriter
 from sdxl_training.parallel.group import Group
-from sdxl_training.records import Bucket, UserError
+from sdxl_training.records import Bucket, Quarantined, UserError
 from sdxl_training.tracking.progress import SilentProgress
 
 IMAGES_A_STEP = "images a step (batch_size x accumulation x processes)"
+CONTENT = "the pictures' content, size, crop or VAE"
 SQUARE, WIDE = Bucket((64, 64)), Bucket((32, 64))
 SMALL = {"generator": "list", "sizes": [[64, 64], [32, 64]]}
+GROUP = Group(0, 1, torch.device("cpu"))
+
+
+@dataclass
+class Heard(SilentProgress):
+    """Remembers what was said."""
+
+    said: list[str] = field(default_factory=list)
+
+    def message(self, text: str) -> None:
+        self.said.append(text)
 
 
 def encode(pixels_BCHW: Tensor) -> tuple[Tensor, Tensor]:
     """Stand for a VAE: 8x8 blocks averaged."""
     mean_BCHW = torch.nn.functional.avg_pool2d(pixels_BCHW, 8)
+    mean_BCHW = torch.cat([mean_BCHW, mean_BCHW[:, :1]], dim=1)
     return mean_BCHW, mean_BCHW.abs() * 0.1
+
+
+def write_picture(folder: Path, number: int, size_hw: tuple[int, int]) -> None:
+    generator = np.random.default_rng(number)
+    Image.fromarray(generator.integers(0, 256, (*size_hw, 3), np.uint8)).save(folder / f"{number}.png")
+    (folder / f"{number}.txt").write_text(f"picture, {number}")
 
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Six pictures near the square and four that are twice as wide as high."""
     folder = tmp_path_factory.mktemp("pictures")
-    generator = np.random.default_rng(0)
     for number in range(10):
-        size_hw = (64, 72) if number < 6 else (64, 128)
-        Image.fromarray(generator.integers(0, 256, (*size_hw, 3), np.uint8)).save(folder / f"{number}.png")
-        (folder / f"{number}.txt").write_text(f"picture, {number}")
+        write_picture(folder, number, (64, 72) if number < 6 else (64, 128))
     return folder
 
 
 def dataset_of(
-    pictures: Path, output: Path, training: dict[str, Any] | None = None, one_batch: bool = False, **data: Any
+    pictures: Path,
+    output: Path,
+    training: dict[str, Any] | None = None,
+    vae: str = "vae",
+    progress: SilentProgress | None = None,
+    **data: Any,
 ) -> tuple[Config, Dataset]:
     values = {
         "global_config": {"output_dir": str(output)},
         "training": {"batch_size": 2, "accumulation": 2, **(training or {})},
         "data": {"sources": [{"path": str(pictures)}], "resolution": 64, "buckets": SMALL, **data},
     }
-    config, group = Config.model_validate(values), Group(0, 1, torch.device("cpu"))
-    return config, prepare_dataset(config, group, SilentProgress(), encode, "vae", one_batch)
+    config = Config.model_validate(values)
+    return config, prepare_dataset(config, GROUP, progress or SilentProgress(), vae)
 
 
-def digest(values: Sequence[object]) -> str:
-    """Return the digest that runs before there were variants have in their checkpoints."""
-    found = hashlib.blake2b(digest_size=16)
-    for value in values:
-        found.update(json.dumps(value).encode() + b"\n")
-    return found.hexdigest()
+def filled(config: Config, dataset: Dataset, vae: Callable[[Tensor], tuple[Tensor, Tensor]] = encode) -> list[str]:
+    """Encode all that the cache lacks, and return what was said."""
+    heard = Heard()
+    with closing(StoreWriter(latent_folder(config))) as writer:
+        fill_cache(config, dataset, Encoder(vae, GROUP.device, 4, dataset.cache, writer), GROUP, heard)
+    return heard.said
 
 
-def test_the_fingerprint_of_a_constant_batch_is_what_it_was(pictures: Path, tmp_path: Path) -> None:
-    """Of runs from before variants and batches by pixels: the number itself, and one key a picture."""
+def fetched(dataset: Dataset) -> list[Stored | Unencoded | UnreadablePicture]:
+    """Return what a visit to each variant of each record finds."""
+    found: list[Stored | Unencoded | UnreadablePicture] = []
+    for record, plan in dataset.plan.prepared():
+        try:
+            found.append(dataset.fetch(record, plan))
+        except UnreadablePicture as error:
+            found.append(error)
+    return found
+
+
+# What a checkpoint remembers
+
+
+def test_the_fingerprint_has_its_parts(pictures: Path, tmp_path: Path) -> None:
     _, dataset = dataset_of(pictures, tmp_path)
     assert list(dataset.fingerprint) == [
         "global_config.seed",
         IMAGES_A_STEP,
         "which pictures there are",
-        "the pictures' content, size, crop or VAE",
+        CONTENT,
         "captions",
         "repeats",
     ]
     assert dataset.fingerprint[IMAGES_A_STEP] == "4"
-    assert all(len(keys) == 1 for keys in dataset.keys)
-    assert dataset.fingerprint["the pictures' content, size, crop or VAE"] == digest([key for (key,) in dataset.keys])
-    assert dataset.fingerprint["repeats"] == digest([1] * 10)
-    captions = [[[f"picture, {number}"], ["picture", str(number)]] for number in range(10)]
-    assert dataset.fingerprint["captions"] == digest(captions)
+    assert len(set(dataset.fingerprint.values())) == 6
+
+
+def differing(one: Dataset, other: Dataset) -> set[str]:
+    assert one.fingerprint.keys() == other.fingerprint.keys()
+    return {name for name, value in one.fingerprint.items() if other.fingerprint[name] != value}
 
 
 def changed_by(folder: Path, output: Path, change: Callable[[], object], **data: Any) -> set[str]:
     """Return the parts of the fingerprint that a change of the pictures' folder changes."""
     before, _, after = dataset_of(folder, output, **data)[1], change(), dataset_of(folder, output, **data)[1]
-    return {name for name, value in before.fingerprint.items() if after.fingerprint[name] != value}
+    return differing(before, after)
 
 
-def test_every_alternative_is_part_of_the_fingerprint(pictures: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "pictures"
-    shutil.copytree(pictures, folder)
+@pytest.fixture
+def copied(pictures: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(pictures, tmp_path / "copied"))
+
+
+def test_every_alternative_is_part_of_the_fingerprint(copied: Path, tmp_path: Path) -> None:
     lines = {"captions": {"alternatives": "lines"}}
-    assert changed_by(folder, tmp_path, lambda: None, **lines) == set()
-    write = (folder / "3.txt").write_text
-    assert changed_by(folder, tmp_path, lambda: write("picture, 3\nanother"), **lines) == {"captions"}
-    assert changed_by(folder, tmp_path, lambda: write("picture, 3\nanother one"), **lines) == {"captions"}
+    assert changed_by(copied, tmp_path, lambda: None, **lines) == set()
+    write = (copied / "3.txt").write_text
+    assert changed_by(copied, tmp_path, lambda: write("picture, 3\nanother"), **lines) == {"captions"}
+    assert changed_by(copied, tmp_path, lambda: write("picture, 3\nanother one"), **lines) == {"captions"}
     prose = {"captions": {"kind": "prose"}}
-    assert changed_by(folder, tmp_path, lambda: write("picture; 3"), **prose) == {"captions"}
+    assert changed_by(copied, tmp_path, lambda: write("picture; 3"), **prose) == {"captions"}
+
+
+def test_how_captions_are_read_is_part_of_the_fingerprint(pictures: Path, tmp_path: Path) -> None:
+    _, plain = dataset_of(pictures, tmp_path)
+    for read in ({"kind": "prose"}, {"separator": ";"}, {"weights": True}, {"alternatives": "lines"}):
+        assert differing(plain, dataset_of(pictures, tmp_path, captions=read)[1]) == {"captions"}, read
+    # How a visit varies them is drawn anew each time and may be changed between runs.
+    assert differing(plain, dataset_of(pictures, tmp_path, captions={"shuffle": False})[1]) == set()
+
+
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        (lambda folder: write_picture(folder, 10, (64, 72)), {"which pictures there are", CONTENT, "captions"}),
+        (lambda folder: (folder / "9.png").unlink(), {"which pictures there are", CONTENT, "captions"}),
+        (lambda folder: (folder / "9.png").rename(folder / "99.png"), {"which pictures there are", "captions"}),
+        (lambda folder: write_picture(folder, 0, (64, 80)), {CONTENT}),
+        (lambda folder: write_picture(folder, 0, (64, 128)), {"which pictures there are", CONTENT}),
+        (lambda folder: (folder / "notes.md").write_text("not a picture"), set()),
+    ],
+    ids=["one more", "one less", "renamed", "another size", "another bucket", "another file"],
+)
+def test_changed_pictures_are_part_of_the_fingerprint(
+    copied: Path, tmp_path: Path, change: Callable[[Path], object], parts: set[str]
+) -> None:
+    found = changed_by(copied, tmp_path, lambda: change(copied))
+    assert found - {"repeats"} == parts - ({"captions"} if change.__code__.co_names[-1:] == ("rename",) else set())
+
+
+def test_what_decides_a_latent_is_part_of_the_fingerprint(pictures: Path, tmp_path: Path) -> None:
+    _, plain = dataset_of(pictures, tmp_path)
+    assert differing(plain, dataset_of(pictures, tmp_path, vae="another")[1]) == {CONTENT}
+    assert differing(plain, dataset_of(pictures, tmp_path, crop={"flip": True})[1]) == {CONTENT}
+    sources = [{"path": str(pictures), "repeats": 2}]
+    assert differing(plain, dataset_of(pictures, tmp_path, sources=sources)[1]) == {"repeats"}
+
+
+def test_where_pictures_lie_and_when_they_are_encoded_is_not(pictures: Path, copied: Path, tmp_path: Path) -> None:
+    """A run may go on with its pictures elsewhere, another cache, and latents made at another time."""
+    _, plain = dataset_of(pictures, tmp_path)
+    assert differing(plain, dataset_of(copied, tmp_path / "elsewhere")[1]) == set()
+    for mode in ("first", "none"):
+        assert differing(plain, dataset_of(pictures, tmp_path, cache={"mode": mode})[1]) == set()
+
+
+def test_a_picture_found_broken_later_changes_neither_plan_nor_fingerprint(copied: Path, tmp_path: Path) -> None:
+    """The order of the samples does not depend on when somebody found out."""
+    data = (copied / "3.png").read_bytes()
+    (copied / "3.png").write_bytes(data[: len(data) // 2])
+    first = {"cache": {"mode": "first"}, "max_bad_fraction": 0.2}
+    config, before = dataset_of(copied, tmp_path, **first)
+    assert before.found.quarantined() == []
+    filled(config, before)
+    _, after = dataset_of(copied, tmp_path, **first)
+    (bad,) = after.found.quarantined()
+    assert bad.path == str(copied / "3.png")
+    assert [record.path for record in after.plan.records] == [record.path for record in before.plan.records]
+    assert len(after.plan.records) == 10
+    assert differing(before, after) == set()
+
+
+# What is refused
 
 
 @pytest.mark.parametrize(
@@ -117,6 +228,30 @@ def test_what_asks_for_tags_that_prose_does_not_have_is_refused(
         dataset_of(pictures, tmp_path, **kept, captions={"kind": "prose", **changes.get("captions", {})})
 
 
+def test_too_many_bad_pictures_are_refused_by_name(copied: Path, tmp_path: Path) -> None:
+    """Two of twelve: a sixth."""
+    for name in ("a", "b"):
+        (copied / f"{name}.png").write_bytes(b"")
+        (copied / f"{name}.txt").write_text("empty")
+    dataset_of(copied, tmp_path, max_bad_fraction=2 / 12)
+    with pytest.raises(UserError, match=r"data\.max_bad_fraction = 0\.16: 2 of 12 pictures cannot be used") as caught:
+        dataset_of(copied, tmp_path, max_bad_fraction=0.16)
+    assert all(f"{copied / name}.png: the file is empty" in str(caught.value) for name in ("a", "b"))
+    assert "raise data.max_bad_fraction" in str(caught.value)
+
+
+def test_of_very_many_bad_pictures_ten_are_named() -> None:
+    config = Config.model_validate({"data": {"sources": [{"path": "a"}]}})
+    bad = [Quarantined(f"{number}.png", "it is torn") for number in range(50)]
+    refuse_too_many_bad(config, bad, 500)
+    with pytest.raises(UserError) as caught:
+        refuse_too_many_bad(config, bad, 499)
+    assert str(caught.value).count("it is torn") == 10
+
+
+# Batches
+
+
 def test_batches_by_pixels_differ_between_buckets_and_have_a_fingerprint(pictures: Path, tmp_path: Path) -> None:
     """4096 pixels are one square picture or two half as large; 8192 are two or four."""
     config, dataset = dataset_of(pictures, tmp_path, {"pixels_per_batch": 4096})
@@ -131,27 +266,113 @@ def test_batches_by_pixels_differ_between_buckets_and_have_a_fingerprint(picture
 
 def test_the_heaviest_update_has_the_most_pixels_not_the_largest_bucket(pictures: Path, tmp_path: Path) -> None:
     _, by_pictures = dataset_of(pictures, tmp_path)
-    assert by_pictures.heaviest_bucket == SQUARE
+    assert by_pictures.schedule.heaviest_bucket == SQUARE
     _, by_pixels = dataset_of(pictures, tmp_path, {"pixels_per_batch": 6144})
-    assert by_pixels.plan.largest_bucket == SQUARE
-    assert by_pixels.heaviest_bucket == WIDE  # three of 2048 pixels, but only one of 4096
+    assert by_pixels.schedule.heaviest_bucket == WIDE  # three of 2048 pixels, but only one of 4096
+
+
+# Sources
+
+
+def test_weights_of_sources_have_mean_1_over_the_images_of_an_epoch(
+    pictures: Path, copied: Path, tmp_path: Path
+) -> None:
+    """Ten pictures count three times as much as ten others that are drawn twice as often."""
+    sources = [{"path": str(pictures), "weight": 3}, {"path": str(copied), "weight": 1, "repeats": 2}]
+    _, dataset = dataset_of(pictures, tmp_path, sources=sources)
+    weight_P = dataset.found.pictures.weights()
+    assert weight_P.dtype == np.float32
+    assert np.allclose(weight_P[:10], 3 * weight_P[10:])
+    assert np.average(weight_P, weights=[1] * 10 + [2] * 10) == pytest.approx(1)
+    assert np.allclose(weight_P[:10], 3 / (5 / 3))
+    _, plain = dataset_of(pictures, tmp_path)
+    assert (plain.found.pictures.weights() == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("only", "left"),
+    [
+        ({"names": ["[0-2].png"]}, {0, 1, 2}),
+        ({"except_names": ["[0-2].png"]}, {3, 4, 5, 6, 7, 8, 9}),
+        ({"any_tag": ["3", "5"]}, {3, 5}),
+        ({"no_tag": ["3", "5"]}, {0, 1, 2, 4, 6, 7, 8, 9}),
+        ({"names": ["[0-4].png"], "no_tag": ["3"]}, {0, 1, 2, 4}),
+    ],
+)
+def test_a_filter_leaves_what_passes(pictures: Path, tmp_path: Path, only: dict[str, Any], left: set[int]) -> None:
+    _, dataset = dataset_of(pictures, tmp_path, sources=[{"path": str(pictures), "only": only}])
+    assert {int(Path(record.path).stem) for record in dataset.plan.records} == left
+    assert dataset.found.pictures.found == 10
+
+
+def test_a_filter_that_leaves_nothing_is_refused(pictures: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"of 10 pictures none is left: .* do not pass data\.sources\[\]\.only"):
+        dataset_of(pictures, tmp_path, sources=[{"path": str(pictures), "only": {"min_side_px": 65}}])
+
+
+def test_all_sources_that_cannot_serve_are_named_at_once(pictures: Path, tmp_path: Path) -> None:
+    sources = [{"path": str(tmp_path / "a")}, {"path": str(pictures)}, {"path": str(tmp_path / "b")}]
+    with pytest.raises(UserError) as caught:
+        dataset_of(pictures, tmp_path, sources=sources)
+    assert [line.split(" = ")[0] for line in str(caught.value).splitlines()] == [
+        "data.sources.0.path",
+        "data.sources.2.path",
+    ]
+
+
+# The cache
 
 
 @pytest.mark.parametrize("flip", [False, True])
-def test_every_variant_is_encoded_under_a_name_of_its_own(pictures: Path, tmp_path: Path, flip: bool) -> None:
-    _, plain = dataset_of(pictures, tmp_path)
+def test_every_variant_is_encoded_by_itself(pictures: Path, tmp_path: Path, flip: bool) -> None:
+    first = {"mode": "first"}
+    plain_config, plain = dataset_of(pictures, tmp_path, cache=first)
+    filled(plain_config, plain)
     crop = {"position": "random", "variants": 3, "flip": flip}
-    _, dataset = dataset_of(pictures, tmp_path, crop=crop)
-    for keys, variants in zip(dataset.keys, dataset.plan.variants, strict=True):
-        assert len(keys) == len(set(keys)) == len(variants)
-        assert all(key in dataset.cache for key in keys)
-    assert max(map(len, dataset.keys)) == (6 if flip else 3)
+    config, dataset = dataset_of(pictures, tmp_path, crop=crop, cache=first)
+    assert dataset.plan.latents() > len(plain.plan.records)
+    filled(config, dataset)
+    latents = fetched(dataset_of(pictures, tmp_path, crop=crop, cache=first)[1])
+    assert all(isinstance(latent, Stored) for latent in latents)
+    different = {latent.mean_CHW.numpy().tobytes() for latent in latents}
+    assert len(latents) == len(different) == dataset.plan.latents()
+    assert max(map(len, dataset.plan.variants)) == (6 if flip else 3)
     assert plain.schedule.images_per_epoch == dataset.schedule.images_per_epoch == 10
-    changed = {name for name, value in plain.fingerprint.items() if dataset.fingerprint[name] != value}
-    assert changed == {"the pictures' content, size, crop or VAE"}
+    assert differing(plain, dataset) == {CONTENT}
+
+
+def test_what_is_filled_is_what_a_visit_would_have_made(pictures: Path, tmp_path: Path) -> None:
+    """Pixels before, the latent of the same pixels after; a second filling has nothing to do."""
+    for posterior in ("mean", "sample"):
+        cache = {"mode": "first", "posterior": posterior}
+        config, dataset = dataset_of(pictures, tmp_path / posterior, cache=cache)
+        before = fetched(dataset)
+        assert all(isinstance(one, Unencoded) for one in before)
+        encoder = Encoder(encode, GROUP.device, 4, dataset.cache)
+        made = [encoder([one])[0] for one in before if isinstance(one, Unencoded)]
+        assert any("encoded" in line for line in filled(config, dataset))
+        config, dataset = dataset_of(pictures, tmp_path / posterior, cache=cache)
+        for latent, stored in zip(made, fetched(dataset), strict=True):
+            assert isinstance(stored, Stored)
+            assert torch.equal(stored.mean_CHW, latent[0])
+            assert torch.equal(stored.std_CHW, latent[1])
+            assert bool(stored.std_CHW.any()) is (posterior == "sample")
+
+        def never(_: Tensor) -> tuple[Tensor, Tensor]:
+            raise AssertionError("everything is there")
+
+        filled(config, dataset, never)
+
+
+def test_without_a_cache_nothing_is_written(pictures: Path, tmp_path: Path) -> None:
+    config, dataset = dataset_of(pictures, tmp_path, cache={"mode": "none"})
+    assert dataset.cache is None
+    assert all(isinstance(one, Unencoded) for one in fetched(dataset))
+    assert not latent_folder(config).exists()
 
 
 def test_a_picture_of_which_one_variant_is_lost_is_left_out_whole(pictures: Path, tmp_path: Path) -> None:
+    """Else it would depend on who came to which variant first whether the others are seen."""
     first: list[Tensor] = []
 
     def fails_once(pixels_BCHW: Tensor) -> tuple[Tensor, Tensor]:
@@ -162,19 +383,13 @@ def test_a_picture_of_which_one_variant_is_lost_is_left_out_whole(pictures: Path
                 mean_BCHW[b] = float("nan")
         return mean_BCHW, std_BCHW
 
-    values = {
-        "global_config": {"output_dir": str(tmp_path)},
-        "data": {"sources": [{"path": str(pictures)}], "resolution": 64, "buckets": SMALL, "crop": {"flip": True}},
-    }
-    config, group = Config.model_validate(values), Group(0, 1, torch.device("cpu"))
-    dataset = prepare_dataset(config, group, SilentProgress(), fails_once, "vae")
-    (bad,) = dataset.quarantined
-    assert len(dataset.plan.records) == len(dataset.keys) == 9
-    assert bad.path not in {record.path for record in dataset.plan.records}
-    assert all(len(keys) == 2 and all(key in dataset.cache for key in keys) for keys in dataset.keys)
-
-
-def test_one_batch_is_as_large_as_its_bucket_says(pictures: Path, tmp_path: Path) -> None:
-    _, dataset = dataset_of(pictures, tmp_path, {"pixels_per_batch": 4096}, one_batch=True)
-    assert len(dataset.plan.records) == 2
-    assert dataset.schedule.global_batches == {SQUARE: 2}
+    settings = {"crop": {"flip": True}, "cache": {"mode": "first"}}
+    config, dataset = dataset_of(pictures, tmp_path, **settings)
+    filled(config, dataset, fails_once)
+    _, again = dataset_of(pictures, tmp_path, **settings)
+    (bad,) = again.found.quarantined()
+    assert "not finite" in bad.reason
+    for one in (dataset, again):
+        found = zip(one.plan.prepared(), fetched(one), strict=True)
+        lost = [record.path for (record, _), what in found if isinstance(what, UnreadablePicture)]
+        assert lost == [bad.path, bad.path]

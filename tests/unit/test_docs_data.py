@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from sdxl_training.assemble.captions import caption_files, caption_rules
+from sdxl_training.assemble.captions import caption_rules
+from sdxl_training.assemble.sources import source_rules
 from sdxl_training.config import load_config
 from sdxl_training.config.data import AddTags, Captions
 
@@ -30,7 +31,7 @@ def test_a_block_loads_and_is_read(tmp_path: Path, block: str) -> None:
     path.write_text(f"base: base.yaml\n{block}", encoding="utf-8")
     config = load_config(path).config
     assert len(caption_rules(config)) == len(config.data.sources)
-    assert caption_files(config.data.captions).parse("a")[0] == ("a",)
+    assert all(source_rules(source, config).kind == config.data.captions.kind for source in config.data.sources)
 
 
 @pytest.mark.parametrize("name", sorted(set(Captions.model_fields) - {"extension", "missing"} | {"add_tags"}))

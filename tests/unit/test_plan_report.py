@@ -323,7 +323,7 @@ def test_lengths_are_those_of_the_tokenizer_that_trains(tokenizer, read):
     assert lengths[2] == len(tokenizer.tokenizer("a red circle", add_special_tokens=False)["input_ids"])
     figures = count_captions(captions, tokenizer, 8, 8)
     assert list(figures.table.over) == [30, 60, 90]
-    assert figures.table.over[30] == tokenizer.count_truncated(captions)
+    assert figures.table.over[30] == sum(lost > 0 for lost in tokenizer.lost_tokens(captions))
     assert figures.tokens_read == 30
 
 
@@ -356,7 +356,7 @@ def pictures_with(captions) -> Pictures:
     return Pictures([IndexedSource(Place(), SourceRules(), pictures_of(rows))])
 
 
-def test_captions_are_counted_or_it_is_said_why_not(monkeypatch):
+def test_captions_are_counted_or_it_is_said_why_not():
     pictures = pictures_with(["a", "circle " * 100, "b", "circle " * 100])
     plan = plan_resolutions(pictures, [[SQUARE]], Fitting(), columns=pictures.columns())
     figures = caption_figures("miniature", pictures, plan)
@@ -368,8 +368,7 @@ def test_captions_are_counted_or_it_is_said_why_not(monkeypatch):
         in text
     )
     assert "a run reads 30 tokens of each; the rest is never seen" in text
-    monkeypatch.setattr(plan_report, "CAPTIONS_COUNTED", 2)
-    figures = caption_figures("miniature", pictures, plan)
+    figures = caption_figures("miniature", pictures, plan, most=2)
     assert (figures.pictures, figures.pictures_counted, figures.table.over[90]) == (4, 2, 0)  # the first and third
     assert "2 captions of 2 pictures, evenly spread over all 4: 0 over 30 " in report_of(FOUR, captions=figures).text()
     absent = caption_figures("nobody/has-it", pictures, plan)

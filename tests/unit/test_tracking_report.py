@@ -174,7 +174,7 @@ def test_everything_a_user_wrote_is_escaped(tmp_path):
     given_facts = facts(run_name=evil, prompts=[evil], data="", quarantined={evil: evil}, environment={evil: evil})
     source = write_report(tmp_path, given_facts).read_text()
     assert "<img src=x" not in source
-    assert Page(source).text.count(evil) == 9  # title, heading, prompt, bucket, file, reason, config, name, version
+    assert Page(source).text.count(evil) == 8  # title, heading, prompt, file, reason, config, name, version
 
 
 def test_the_page_tells_state_numbers_and_what_is_not_drawn(tmp_path):

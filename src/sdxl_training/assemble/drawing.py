@@ -60,7 +60,9 @@ def build_painter(
     tokenizer = build_tokenizer(config, sdxl)
 
     def encode_prompts(prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        return encode_text(sdxl, *tokenizer.with_weights(prompts))
+        # The encoders may have left the GPU.
+        text_BLD, pooled_BP = encode_text(sdxl, *tokenizer.with_weights(prompts))
+        return text_BLD.to(device), pooled_BP.to(device)
 
     zero_null = config.data.captions.null_mode == "zeros"
     return Painter(model, objective, encode_prompts, partial(decode_latents, sdxl.vae), precision, device, zero_null)

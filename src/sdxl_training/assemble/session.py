@@ -22,12 +22,13 @@ from sdxl_training.assemble.folder import RunFolder
 from sdxl_training.assemble.objective import build_coupling, build_noise, build_objective
 from sdxl_training.assemble.parts import build_update
 from sdxl_training.assemble.resume import check_fits, load_weights, restore
+from sdxl_training.assemble.texts import fill_text_cache, park_encoders, text_folder
 from sdxl_training.config.schema import Config
 from sdxl_training.data.encoding import Encoder
 from sdxl_training.data.images import RESAMPLING
 from sdxl_training.data.loader import MicroBatches, RawBatch, open_loader, to_batch
 from sdxl_training.data.sampler import slots_of_part
-from sdxl_training.data.store_writer import StoreWriter
+from sdxl_training.data.store_writer import Compression, StoreWriter
 from sdxl_training.memory.checkpointing import recompute_activations
 from sdxl_training.memory.precision import autocast
 from sdxl_training.model.latents import encode_latents, set_up_vae, vae_fingerprint
@@ -125,11 +126,21 @@ class Session:
         return [self.to_device(self.micro_batches.collect(chunk, range(len(chunk)), len(draws))) for chunk in chunks]
 
     def fill(self) -> None:
-        """Encode every picture, where that is to come first."""
+        """Encode every picture, and the captions that are kept, where that is to come first."""
         if self.config.data.cache.mode == "first":
             encoder = replace(self.encoder, writer=self.writer)
             fill_cache(self.config, self.dataset, encoder, self.group, self.progress)
             self.quarantine(self.dataset.found.quarantined())
+        if self.config.data.cache.text_variants:
+            self._fill_texts()
+
+    def _fill_texts(self) -> None:
+        """Encode the captions; from then on batches bring their text states, and the GPU is rid of the encoders."""
+        records = self.dataset.plan.records
+        with _store_writer(text_folder(self.config), self.group, self.progress) as writer:
+            texts = fill_text_cache(self.config, records, self.sdxl, self.tokenizer, writer, self.group, self.progress)
+        self.micro_batches = replace(self.micro_batches, texts=texts)
+        park_encoders(self.sdxl)
 
     def close(self) -> None:
         """Seal what was written into the cache."""
@@ -177,16 +188,21 @@ def open_session(
 
 
 def open_writer(config: Config, dataset: Dataset, group: Group, progress: Progress) -> StoreWriter | None:
-    """Return what writes into the cache on this rank, if there is one."""
-
-    def say_full(folder: Path, error: OSError) -> None:
-        progress.message(
-            f"{folder}: {error.strerror}. The run waits; free some space and it goes on, what was stored is kept."
-        )
-
+    """Return what writes latents into the cache on this rank, if there is one."""
     if dataset.cache is None:
         return None
-    return StoreWriter(latent_folder(config), config.data.cache.compression, say_full, name=f"rank{group.rank}")
+    return _store_writer(latent_folder(config), group, progress, config.data.cache.compression)
+
+
+def _store_writer(folder: Path, group: Group, progress: Progress, compression: Compression = "none") -> StoreWriter:
+    """Return what writes into a folder of the cache on this rank, and says when the disk is full."""
+
+    def say_full(full: Path, error: OSError) -> None:
+        progress.message(
+            f"{full}: {error.strerror}. The run waits; free some space and it goes on, what was stored is kept."
+        )
+
+    return StoreWriter(folder, compression, say_full, name=f"rank{group.rank}")
 
 
 def _micro_batches(config: Config, group: Group, tokenizer: CaptionTokenizer, dataset: Dataset) -> MicroBatches:

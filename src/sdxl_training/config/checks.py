@@ -146,6 +146,14 @@ def cache_settings_take_effect(config: Config) -> Iterator[Finding]:
         yield Finding("data.preprocessing.backend", text, ("data.cache.mode",))
 
 
+def texts_are_encoded_first(config: Config) -> Iterator[Finding]:
+    """Text states are made once, before training, when the text encoders leave the GPU."""
+    cache = config.data.cache
+    if cache.text_variants and cache.mode != "first":
+        text = f"needs data.cache.mode: first (it is {cache.mode}), since captions are encoded beforehand; or set 0"
+        yield Finding("data.cache.text_variants", text, ("data.cache.mode",))
+
+
 def source_settings_take_effect(config: Config) -> Iterator[Finding]:
     """Columns are a table's; a table names the pictures of a folder."""
     for number, source in enumerate(config.data.sources):
@@ -187,6 +195,7 @@ CHECKS: tuple[Callable[[Config], Iterator[Finding]], ...] = (
     a_batch_of_pixels_holds_a_picture,
     latents_come_first_where_noise_needs_them,
     cache_settings_take_effect,
+    texts_are_encoded_first,
     source_settings_take_effect,
 )
 

@@ -174,6 +174,12 @@ class Cache(Section):
         default="mean",
         description="What a latent is: the VAE's mean, or drawn from its distribution, which doubles the cache.",
     )
+    text_variants: int = Field(
+        default=0,
+        ge=0,
+        description="Captions of each picture that are kept encoded and shown in turn, so that the text encoders leave "
+        "the GPU; 0: captions are encoded as they come.",
+    )
 
 
 class Preprocessing(Section):

@@ -25,7 +25,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sdxl_training.data.index import write_atomically
+from sdxl_training.data.atomic import write_atomically
 from sdxl_training.data.listing import FILES, PICTURES
 from sdxl_training.records import UserError
 

@@ -10,9 +10,10 @@ import multiprocessing
 import signal
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from itertools import islice
 from multiprocessing.util import Finalize
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ from sdxl_training.data.crops import variant_of_visit
 from sdxl_training.data.fetching import Stored, Unencoded
 from sdxl_training.data.images import UnreadablePicture
 from sdxl_training.data.sampler import BatchSchedule, slots_of_part
+from sdxl_training.data.text_states import TextCache, caption_of_visit
 from sdxl_training.records import Batch, Conditioning, CropPlan, Draw, ImageRecord, Quarantined, UserError
 from sdxl_training.rng import Stream, numpy_generator, torch_generator
 
@@ -47,13 +49,14 @@ PREFETCHED_STEPS = 2
 
 @dataclass(frozen=True, slots=True)
 class RawBatch:
-    """A micro-batch as workers make it: CPU tensors, captions still as token ids.
+    """A micro-batch as workers make it: CPU tensors, captions as token ids or, from the cache, as text states.
 
     latents_BCHW: drawn from the posterior, scaled, fp32; where `unencoded` has pixels instead, the standard normal
     numbers of that draw. noise_BCHW: fp32. ids_1_BL, ids_2_BL: token ids of the two text encoders. weights_EBL: the
-    tokens' weights, fp32; None where captions have none. keep_B: False where the caption is dropped and stands for
-    zeros. time_ids_B6 and weight_B: fp32. unencoded: pictures without a latent, by place in the batch. bad: pictures
-    that turned out to be unusable, each replaced by its neighbour in the bucket.
+    tokens' weights, fp32; None where captions have none. text_BLD, pooled_BP: fp16; where they are given there are no
+    ids. keep_B: False where the caption is dropped and stands for zeros. time_ids_B6 and weight_B: fp32. unencoded:
+    pictures without a latent, by place in the batch. bad: pictures that turned out to be unusable, each replaced by its
+    neighbour in the bucket.
     """
 
     latents_BCHW: Tensor
@@ -71,20 +74,16 @@ class RawBatch:
     global_batch: int
     unencoded: Mapping[int, Unencoded] = field(default_factory=dict)
     bad: tuple[Quarantined, ...] = ()
+    text_BLD: Tensor | None = None
+    pooled_BP: Tensor | None = None
 
     def pin_memory(self) -> RawBatch:
         """Return the batch in page-locked memory, from which copies to a GPU do not block."""
-        return replace(
-            self,
-            latents_BCHW=self.latents_BCHW.pin_memory(),
-            noise_BCHW=self.noise_BCHW.pin_memory(),
-            ids_1_BL=self.ids_1_BL.pin_memory(),
-            ids_2_BL=self.ids_2_BL.pin_memory(),
-            weights_EBL=None if self.weights_EBL is None else self.weights_EBL.pin_memory(),
-            keep_B=self.keep_B.pin_memory(),
-            time_ids_B6=self.time_ids_B6.pin_memory(),
-            weight_B=self.weight_B.pin_memory(),
-        )
+        values = {one.name: getattr(self, one.name) for one in fields(self)}
+        pinned: dict[str, Any] = {
+            name: value.pin_memory() for name, value in values.items() if isinstance(value, Tensor)
+        }
+        return replace(self, **pinned)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +106,8 @@ class MicroBatches(Dataset[RawBatch]):
     records, variants and weights are parallel: picture, the ways in which it is prepared, its loss weight. rules: how
     captions vary, for each source. With `couple`, noise changes hands within the global batch; each process then reads
     all its latents. needs_latents: the noise depends on the latents, so all must be in the cache. posterior: whether a
-    visit draws from the VAE's distribution or takes its mean.
+    visit draws from the VAE's distribution or takes its mean. texts: where text states are found; captions then are
+    those that it keeps, and are not tokenised.
 
     A picture that cannot be decoded is replaced by the next one of its bucket that can, so a batch is always full and,
     since what can be decoded is a property of the pictures, always the same.
@@ -128,6 +128,7 @@ class MicroBatches(Dataset[RawBatch]):
     couple: Couple | None = None
     needs_latents: bool = False
     posterior: Posterior = "sample"
+    texts: TextCache | None = None
     _coupled: dict[int, Tensor] = field(default_factory=dict, init=False, compare=False, repr=False)
     _bad: dict[int, Quarantined] = field(default_factory=dict, init=False, compare=False, repr=False)
 
@@ -162,14 +163,11 @@ class MicroBatches(Dataset[RawBatch]):
         known_bad = len(self._bad)
         samples = [self._sample(draw) for draw in draws]
         captions = [self._caption(sample) for sample in samples]
-        ids_1_BL, ids_2_BL, weights_EBL = self.tokenize([caption or "" for caption in captions])
         latents_BCHW = torch.stack([self._latent(sample) for sample in samples])
         return RawBatch(
             latents_BCHW=latents_BCHW,
             noise_BCHW=self._noise(samples, latents_BCHW) if noise_BCHW is None else noise_BCHW,
-            ids_1_BL=ids_1_BL,
-            ids_2_BL=ids_2_BL,
-            weights_EBL=weights_EBL,
+            **self._read(samples, [caption or "" for caption in captions]),
             keep_B=torch.tensor([caption is not None for caption in captions]),
             time_ids_B6=torch.tensor([sample.plan.time_ids for sample in samples], dtype=torch.float32),
             weight_B=torch.tensor([self.weights[sample.draw.record] for sample in samples], dtype=torch.float32),
@@ -237,9 +235,25 @@ class MicroBatches(Dataset[RawBatch]):
         yield from (int(members[(place + i) % len(members)]) for i in range(1, len(members)))
 
     def _caption(self, sample: Sample) -> str | None:
-        record = sample.record
-        generator = numpy_generator(self.seed, Stream.CAPTION, sample.draw.visit, record.sample_id)
-        return draw_caption(record.captions, self.rules[record.source], generator, record.tags)
+        record, visit, rules = sample.record, sample.draw.visit, self.rules[sample.record.source]
+        if self.texts is not None:
+            return caption_of_visit(record, rules, self.seed, visit, self.texts.variants)
+        generator = numpy_generator(self.seed, Stream.CAPTION, visit, record.sample_id)
+        return draw_caption(record.captions, rules, generator, record.tags)
+
+    def _read(self, samples: Sequence[Sample], captions: list[str]) -> dict[str, Any]:
+        """Return what a RawBatch has of its captions."""
+        if self.texts is None:
+            return dict(zip(("ids_1_BL", "ids_2_BL", "weights_EBL"), self.tokenize(captions), strict=True))
+        text_BLD, pooled_BP = self.texts.read_batch(captions, [sample.record.path for sample in samples])
+        no_ids = torch.empty(len(captions), 0, dtype=torch.int64)
+        return {
+            "ids_1_BL": no_ids,
+            "ids_2_BL": no_ids,
+            "weights_EBL": None,
+            "text_BLD": text_BLD,
+            "pooled_BP": pooled_BP,
+        }
 
     def _latent(self, sample: Sample) -> Tensor:
         """Return a latent_CHW, or for a picture without one the standard normal numbers that will make it a draw."""
@@ -341,18 +355,14 @@ def _checked(batch: RawBatch | _Failure) -> RawBatch:
 
 
 def to_batch(raw: RawBatch, encode_text: EncodeText, encode_pixels: EncodePixels, device: torch.device) -> Batch:
-    """Copy a micro-batch to the device; encode its captions there, and the pictures that have no latent yet.
+    """Copy a micro-batch to the device; encode its captions and pictures there, where that is not done yet.
 
     Captions that keep_B drops get zero text and zero pooled text, SDXL's own null conditioning
     (`force_zeros_for_empty_prompt` in its diffusers pipeline); their size conditioning stays. A picture without a
     finite latent gets weight 0.
     """
     keep_B = raw.keep_B.to(device, non_blocking=True)
-    text_BLD, pooled_BP = encode_text(
-        raw.ids_1_BL.to(device, non_blocking=True),
-        raw.ids_2_BL.to(device, non_blocking=True),
-        None if raw.weights_EBL is None else raw.weights_EBL.to(device, non_blocking=True),
-    )
+    text_BLD, pooled_BP = _text_states(raw, encode_text, device)
     conditioning = Conditioning(
         text_BLD=torch.where(keep_B[:, None, None], text_BLD, torch.zeros_like(text_BLD)),
         pooled_BP=torch.where(keep_B[:, None], pooled_BP, torch.zeros_like(pooled_BP)),
@@ -377,4 +387,16 @@ def to_batch(raw: RawBatch, encode_text: EncodeText, encode_pixels: EncodePixels
         step=raw.step,
         slots=raw.slots,
         global_batch=raw.global_batch,
+    )
+
+
+def _text_states(raw: RawBatch, encode_text: EncodeText, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return text_BLD and pooled_BP, fp32, on the device."""
+    if raw.text_BLD is not None and raw.pooled_BP is not None:
+        text_BLD, pooled_BP = (half.to(device, non_blocking=True).float() for half in (raw.text_BLD, raw.pooled_BP))
+        return text_BLD, pooled_BP
+    return encode_text(
+        raw.ids_1_BL.to(device, non_blocking=True),
+        raw.ids_2_BL.to(device, non_blocking=True),
+        None if raw.weights_EBL is None else raw.weights_EBL.to(device, non_blocking=True),
     )

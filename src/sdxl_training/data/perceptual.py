@@ -24,6 +24,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from sdxl_training.data.atomic import write_atomically
 from sdxl_training.data.buckets import Integers
 from sdxl_training.data.colour import RGB, WHITE
 from sdxl_training.data.duplicates import (
@@ -41,7 +42,6 @@ from sdxl_training.data.duplicates import (
 )
 from sdxl_training.data.fetching import Contents
 from sdxl_training.data.images import UnreadablePicture, decode_pixels, digest_content
-from sdxl_training.data.index import write_atomically
 
 Pixels = NDArray[np.uint8]
 Hashes = NDArray[np.uint64]

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from sdxl_training.data.index import write_atomically
+from sdxl_training.data.atomic import write_atomically
 from sdxl_training.records import UserError
 
 JOURNAL = "journal"

@@ -3,8 +3,8 @@
 Of each record K captions are kept, which its visits show in turn; captions that are equal share an entry, and the empty
 caption has one. An entry's key is a function of the caption and of all that decides what it is encoded to.
 
-Shape legend: B captions of a batch, C tokens of a chunk, L tokens of a caption's own chunks (a multiple of C), or of all
-captions of a batch once they are of one length, D text width, P pooled text width, N keys; a key is two u64.
+Shape legend: B captions of a batch, C tokens of a chunk, L tokens of a caption's own chunks (a multiple of C), or of
+all captions of a batch once they are of one length, D text width, P pooled text width, N keys; a key is two u64.
 """
 
 from __future__ import annotations
@@ -89,11 +89,27 @@ class TextCache:
 
     def read(self, text: str) -> States | None:
         """Return text_LD and pooled_P, fp32; None where the cache has none that can be used."""
-        states = self.read_half(text)
+        states = self._read_half(text)
         return None if states is None else (states[0].float(), states[1].float())
 
-    def read_half(self, text: str) -> States | None:
-        """Return text_LD and pooled_P as they are stored, fp16, in memory that they share; see `read`."""
+    def read_batch(self, texts: Sequence[str], paths: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Return text_BLD and pooled_BP of captions, as they are stored: fp16.
+
+        paths: the captions' pictures; raises UserError, naming the picture, where a caption has no entry.
+        """
+        states = []
+        for text, path in zip(texts, paths, strict=True):
+            each = self._read_half(text)
+            if each is None:
+                raise UserError(
+                    f"{path}: the text states of its caption are not in the cache ({self.store.folder}). Start the "
+                    "same command again: what is missing is then encoded first."
+                )
+            states.append(each)
+        text_BLD = same_length([text_LD for text_LD, _ in states], self.shape.chunk)
+        return text_BLD, torch.stack([pooled_P for _, pooled_P in states])
+
+    def _read_half(self, text: str) -> States | None:
         row = int(self.store.find(as_keys([self.key(text)]))[0])
         if row < 0:
             return None

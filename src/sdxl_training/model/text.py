@@ -9,6 +9,8 @@ E the two encoders, D text width (of both encoders together unless a comment say
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import re
 from collections.abc import Callable, Sequence, Set
@@ -164,6 +166,25 @@ def encode_text(
     starts_BK = ids_1_BL.reshape(batch, chunks, length)[:, :, 0] == sdxl.tokenizer.bos_token_id
     text_BLD = _joined(torch.cat([states_1_NCD, states_2_NCD], dim=-1), starts_BK)
     return text_BLD, output.text_embeds[: batch * chunks : chunks].float()
+
+
+def text_fingerprint(sdxl: SDXL) -> str:
+    """Return a BLAKE2b digest (32 hex digits) of both text encoders and tokenizers: equal only if text states are."""
+    digest = hashlib.blake2b(digest_size=16)
+    for encoder in (sdxl.text_encoder, sdxl.text_encoder_2):
+        # Names with an underscore, and the library's version, are bookkeeping.
+        kept = {name: value for name, value in encoder.config.to_diff_dict().items() if not name.startswith("_")}
+        kept.pop("transformers_version", None)
+        digest.update(json.dumps(kept, sort_keys=True, default=str).encode())
+        for name, tensor in sorted(encoder.state_dict().items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    for tokenizer in (sdxl.tokenizer, sdxl.tokenizer_2):
+        marks = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id]
+        # A CLIP vocabulary lists its merges, in their order.
+        known = sorted(tokenizer.get_vocab().items())
+        digest.update(json.dumps([known, marks, tokenizer.model_max_length]).encode())
+    return digest.hexdigest()
 
 
 def _states(encoder: Any, tokenizer: CLIPTokenizer, ids_BL: Tensor, weights_BL: Tensor | None) -> tuple[Tensor, Any]:

@@ -1,0 +1,87 @@
+"""Text states beforehand: captions are encoded once, then the text encoders make room on the GPU.
+
+Legend: B captions, L tokens of a caption's own chunks, D text width, P pooled text width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from sdxl_training.assemble.captions import caption_rules
+from sdxl_training.config.schema import Config, cache_folder
+from sdxl_training.data.store_writer import StoreWriter
+from sdxl_training.data.text_states import States, TextCache, TextShape, captions_to_keep, fill_texts
+from sdxl_training.model.sdxl import SDXL
+from sdxl_training.model.text import CaptionTokenizer, encode_text, text_fingerprint
+from sdxl_training.parallel.group import Group
+from sdxl_training.records import ImageRecord
+from sdxl_training.tracking.progress import Progress
+
+
+def text_folder(config: Config) -> Path:
+    """Return where text states are kept."""
+    return Path(cache_folder(config)) / "texts"
+
+
+def open_texts(config: Config, sdxl: SDXL) -> TextCache:
+    """Return the text states that these encoders make of captions as they are read in this configuration."""
+    captions = config.data.captions
+    reading = f"{captions.max_tokens} {captions.weights} {captions.separator!r}"
+    settings = f"{text_fingerprint(sdxl)} {reading}"
+    return TextCache(text_folder(config), settings, text_shape(sdxl), config.data.cache.text_variants)
+
+
+def text_shape(sdxl: SDXL) -> TextShape:
+    """Return how large these encoders' states are."""
+    first, second = sdxl.text_encoder.config, sdxl.text_encoder_2.config
+    chunk = sdxl.tokenizer.model_max_length
+    return TextShape(int(chunk), first.hidden_size + second.hidden_size, second.projection_dim)
+
+
+def fill_text_cache(
+    config: Config,
+    records: Sequence[ImageRecord],
+    sdxl: SDXL,
+    tokenizer: CaptionTokenizer,
+    writer: StoreWriter,
+    group: Group,
+    progress: Progress,
+) -> TextCache:
+    """Encode the captions that the cache lacks, together with the other ranks, and return it once it has all."""
+    cache, variants = open_texts(config, sdxl), config.data.cache.text_variants
+    encoded = fill_texts(
+        cache,
+        captions_to_keep(records, caption_rules(config), config.global_config.seed, variants),
+        1 + len(records) * variants,
+        partial(encode_captions, sdxl, tokenizer),
+        writer,
+        progress,
+        group.rank,
+        group.world_size,
+    )
+    here = " by this process" if group.world_size > 1 else ""
+    progress.message(f"{encoded} captions encoded{here}; {len(cache.store)} are kept. The text encoders leave the GPU")
+    return cache
+
+
+def encode_captions(sdxl: SDXL, tokenizer: CaptionTokenizer, captions: Sequence[str]) -> list[States]:
+    """Return text_LD of each caption's own chunks, and pooled_P; fp32, on the encoders' device."""
+    ids_1_BL, ids_2_BL, weights_EBL = tokenizer.with_weights(captions)
+    text_BLD, pooled_BP = encode_text(sdxl, ids_1_BL, ids_2_BL, weights_EBL)
+    chunk = sdxl.tokenizer.model_max_length
+    # A chunk that only fills a caption up has no mark of start; `encode_text` puts a caption's own chunks first.
+    chunks_B = (ids_1_BL[:, ::chunk] == sdxl.tokenizer.bos_token_id).sum(1).tolist()
+    own = [text_LD[: chunks * chunk] for text_LD, chunks in zip(text_BLD, chunks_B, strict=True)]
+    return list(zip(own, pooled_BP, strict=True))
+
+
+def park_encoders(sdxl: SDXL) -> None:
+    """Move the text encoders to the CPU, where they still read the prompts of previews."""
+    sdxl.text_encoder.to("cpu")
+    sdxl.text_encoder_2.to("cpu")
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
