@@ -110,8 +110,10 @@ def test_levels_without_an_end_are_finite(fitted: LogVariance) -> None:
     edge = torch.tensor([-math.inf, -30.0, math.log(1e-4), math.log(1e4), 30.0, math.inf])
     u = fitted.log_variance(edge).tolist()
     assert all(map(math.isfinite, u))
-    assert u[0] == u[1] == pytest.approx(u[2], abs=1e-4)
-    assert u[5] == u[4] == pytest.approx(u[3], abs=1e-4)
+    assert u[0] == pytest.approx(u[1], rel=1e-6)  # the lanes of a vector may round differently
+    assert u[1] == pytest.approx(u[2], abs=1e-4)
+    assert u[5] == pytest.approx(u[4], rel=1e-6)
+    assert u[4] == pytest.approx(u[3], abs=1e-4)
 
 
 def test_it_computes_in_float32_under_autocast(fitted: LogVariance) -> None:
