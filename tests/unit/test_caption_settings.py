@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from sdxl_training.assemble.captions import build_tokenizer, caption_rules
 from sdxl_training.assemble.sources import open_source, source_rules
@@ -60,12 +61,12 @@ def test_rules_of_captions_and_sources_have_every_setting(config: Config) -> Non
 
 def test_captions_are_looked_for_under_their_ending(config: Config, tmp_path: Path) -> None:
     """The ending goes to the source, which lists the files."""
-    (tmp_path / "0.png").touch()
+    Image.new("RGB", (8, 8)).save(tmp_path / "0.png")
     (tmp_path / "0.txt").write_text("not this")
     (tmp_path / "0.caption").write_text("this")
     source = config.data.sources[0].model_copy(update={"path": str(tmp_path)})
     opened = open_source(source, config)
-    assert opened.extension == ".caption"
+    assert opened.look(opened.list_files())["captions"].to_pylist() == [["this"]]
 
 
 def test_every_rule_of_a_source_arrives() -> None:

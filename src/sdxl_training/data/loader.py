@@ -79,10 +79,8 @@ class RawBatch:
 
     def pin_memory(self) -> RawBatch:
         """Return the batch in page-locked memory, from which copies to a GPU do not block."""
-        values = {one.name: getattr(self, one.name) for one in fields(self)}
-        pinned: dict[str, Any] = {
-            name: value.pin_memory() for name, value in values.items() if isinstance(value, Tensor)
-        }
+        tensors = [one.name for one in fields(self) if isinstance(getattr(self, one.name), Tensor)]
+        pinned: dict[str, Any] = {name: getattr(self, name).pin_memory() for name in tensors}
         return replace(self, **pinned)
 
 
@@ -246,14 +244,8 @@ class MicroBatches(Dataset[RawBatch]):
         if self.texts is None:
             return dict(zip(("ids_1_BL", "ids_2_BL", "weights_EBL"), self.tokenize(captions), strict=True))
         text_BLD, pooled_BP = self.texts.read_batch(captions, [sample.record.path for sample in samples])
-        no_ids = torch.empty(len(captions), 0, dtype=torch.int64)
-        return {
-            "ids_1_BL": no_ids,
-            "ids_2_BL": no_ids,
-            "weights_EBL": None,
-            "text_BLD": text_BLD,
-            "pooled_BP": pooled_BP,
-        }
+        no_ids = dict.fromkeys(("ids_1_BL", "ids_2_BL"), torch.empty(len(captions), 0, dtype=torch.int64))
+        return {**no_ids, "weights_EBL": None, "text_BLD": text_BLD, "pooled_BP": pooled_BP}
 
     def _latent(self, sample: Sample) -> Tensor:
         """Return a latent_CHW, or for a picture without one the standard normal numbers that will make it a draw."""
