@@ -19,7 +19,6 @@ from sdxl_training.assemble.drawing import build_painter, export
 from sdxl_training.assemble.folder import RunFolder
 from sdxl_training.assemble.session import Session, open_session
 from sdxl_training.config.schema import Config
-from sdxl_training.data.loader import to_batch
 from sdxl_training.model.text import caption_tokenizer, encode_text
 from sdxl_training.parallel.group import Group
 from sdxl_training.records import Batch, Draw, ImageRecord, UserError
@@ -86,7 +85,7 @@ def session_of(pictures: Path, tiny_model: Path, tmp_path: Path) -> Callable[...
         )
         run = RunFolder(tmp_path / "run")
         run.make()
-        return open_session(config, run, Group(0, 1, CPU), Heard(), None, dry_run=False)
+        return open_session(config, run, Group(0, 1, CPU), Heard(), None)
 
     return open_one
 
@@ -97,7 +96,7 @@ def number_of(session: Session, name: str) -> int:
 
 def batch_of(session: Session, *records: int) -> Batch:
     raw = session.micro_batches.collect([Draw(record, 0) for record in records], range(len(records)), len(records))
-    return to_batch(raw, lambda *given: encode_text(session.sdxl, *given), CPU)
+    return session.to_device(raw)
 
 
 def losses(session: Session, batch: Batch) -> Tensor:
@@ -280,7 +279,7 @@ def test_added_tags_count_too(session_of: Callable[..., Session], pictures: Path
 
 def test_of_very_many_pictures_an_even_selection_is_measured(session_of: Callable[..., Session]) -> None:
     session, progress = session_of(captions={"kind": "prose"}), Heard()
-    records = [ImageRecord(i, f"{i}.png", (64, 64), "", ("a" * (9 + (i % 6)),), ()) for i in range(2 * MEASURED + 1)]
+    records = [ImageRecord(i, f"{i}.png", (64, 64), ("a" * (9 + (i % 6)),), ()) for i in range(2 * MEASURED + 1)]
     check_captions(session.config, session.tokenizer, records, progress)
     (said,) = progress.said
     # One picture in three, whose captions have 9 and 12 letters in turns.

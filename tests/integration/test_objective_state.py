@@ -29,6 +29,7 @@ EVERYTHING = (
     "training.loss_shape={type: pseudo_huber, threshold: 0.5}",
     "training.coupling={type: optimal_transport}",
     "training.stratified_levels=true",
+    "data.cache.mode=first",
     "training.noise={offset: 0.05, pyramid: 0.3, input_perturbation: 0.1}",
     f"training.max_steps={LAST}",
 )

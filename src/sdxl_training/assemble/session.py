@@ -63,7 +63,7 @@ class Session:
     meter: Meter = field(default_factory=Meter)
     started: float = field(default_factory=time.monotonic)
     data_page: str = ""
-    _known_bad: set[str] = field(default_factory=set)
+    _known_bad: dict[str, Quarantined] = field(default_factory=dict)
 
     @property
     def last_step(self) -> int:
@@ -94,12 +94,17 @@ class Session:
         new = [entry for entry in bad if entry.path not in self._known_bad]
         if not new:
             return
-        self._known_bad |= {entry.path for entry in new}
+        self._known_bad |= {entry.path: entry for entry in new}
         name_quarantined(new, self.progress)
-        everything = {entry.path: entry for entry in (*self.dataset.found.quarantined(), *bad)}.values()
-        refuse_too_many_bad(self.config, list(everything), self.dataset.found.pictures.found)
+        everything = self.quarantined()
+        refuse_too_many_bad(self.config, everything, self.dataset.found.pictures.found)
         if self.group.is_main:
-            self.folder.write_quarantine(list(everything))
+            self.folder.write_quarantine(everything)
+
+    def quarantined(self) -> list[Quarantined]:
+        """Return all pictures known to be of no use, also those that workers and other processes came to."""
+        self.dataset.found.contents.refresh()
+        return list(({entry.path: entry for entry in self.dataset.found.quarantined()} | self._known_bad).values())
 
     def largest_batch(self) -> list[Batch]:
         """Return micro-batches of the heaviest update, as many as an update has; for a rehearsal.

@@ -268,7 +268,7 @@ def _write_report(session: Session, steps_done: int, state: Literal["running", "
         seconds=time.monotonic() - session.started,
         prompts=session.config.global_config.previews.prompts,
         data=session.data_page,
-        quarantined={entry.path: entry.reason for entry in session.dataset.found.quarantined()},
+        quarantined={entry.path: entry.reason for entry in session.quarantined()},
         environment=_environment(session.group.device),
     )
     try:
