@@ -15,15 +15,14 @@ from PIL import Image
 from torch import Tensor
 
 from sdxl_training.assemble.captions import MEASURED, check_captions
-from sdxl_training.assemble.drawing import build_painter, export
+from sdxl_training.assemble.drawing import build_painter, export, sampling_of
 from sdxl_training.assemble.folder import RunFolder
 from sdxl_training.assemble.session import Session, open_session
-from sdxl_training.config.schema import Config
+from sdxl_training.config.schema import Config, Previews
 from sdxl_training.model.text import caption_tokenizer, encode_text
 from sdxl_training.parallel.group import Group
 from sdxl_training.records import Batch, Draw, ImageRecord, UserError
 from sdxl_training.tracking.progress import SilentProgress
-from sdxl_training.training.preview import Sampling
 from sdxl_training.training.step import loss_per_sample
 from tests.integration.conftest import Trainer
 from tests.tiny_sdxl import LENGTH
@@ -229,7 +228,7 @@ def test_prompts_are_read_like_captions_and_guided_away_from_the_null_of_trainin
 
     run = session.run
     painter = build_painter(session.config, session.sdxl, Network(), run.objective, run.precision, CPU)
-    painter.paint([SHORT, LONG], (64, 64), Sampling(steps=1, guidance=3.0, seed=0))
+    painter.paint([SHORT, LONG], (64, 64), sampling_of(Previews(steps=1, guidance=3.0, seed=0)))
     text_BLD, pooled_BP = told[0]
     expected_BLD, expected_BP = encode_text(session.sdxl, *session.tokenizer.with_weights([SHORT, LONG]))
     assert text_BLD.shape[1] == 2 * LENGTH
@@ -283,7 +282,7 @@ def test_of_very_many_pictures_an_even_selection_is_measured(session_of: Callabl
     check_captions(session.config, session.tokenizer, records, progress)
     (said,) = progress.said
     # One picture in three, whose captions have 9 and 12 letters in turns.
-    assert "3333 of 6667 captions (those of one picture in 3) are longer than 10 tokens; their last 6666 tokens" in said
+    assert "667 of 1334 captions (those of one picture in 3) are longer than 10 tokens; their last 1334 tokens" in said
 
 
 def test_weights_that_are_none_are_refused_with_the_pictures_names(

@@ -48,7 +48,7 @@ def test_broken_pictures_are_quarantined_by_name_and_reason(trainer: Trainer, se
 
 
 def test_until_it_is_drawn_a_picture_that_is_cut_short_is_not_missed(trainer: Trainer) -> None:
-    trainer.run("--set", "training.max_steps=1", "--set", "training.accumulation=1", "--set", "training.batch_size=1")
+    trainer.run("--set", "training.max_steps=2", "--set", "training.accumulation=1", "--set", "training.batch_size=1")
     entries = [json.loads(line) for line in (trainer.run_dir / "quarantine.jsonl").read_text().splitlines()]
     assert {Path(entry["path"]).name for entry in entries} >= {"broken-empty.png", "broken-text.png"}
     assert len(entries) <= 3

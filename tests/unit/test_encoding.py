@@ -179,3 +179,22 @@ def test_pixels_travel_as_bytes_and_latents_come_back_to_the_device():
     (latent,) = Encoder(encode, torch.device("meta"), 4)(PICTURES[:1])
     assert arrived == [("meta", torch.float32)]
     assert [moment.device.type for moment in latent] == ["meta"] * 2
+
+
+def test_what_is_not_finite_in_half_precision_is_encoded_again_in_fp32() -> None:
+    """The VAE in bf16 says infinity for one picture; in fp32 it does not."""
+    alone = []
+
+    def encode(pixels_BCHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        mean_BCHW = pixels_BCHW[:, :1, ::8, ::8].clone()
+        mean_BCHW[mean_BCHW > 1] = float("inf")
+        return mean_BCHW, torch.zeros_like(mean_BCHW)
+
+    def exactly(pixels_BCHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        alone.append(len(pixels_BCHW))
+        return pixels_BCHW[:, :1, ::8, ::8], torch.zeros(len(pixels_BCHW), 1, 1, 1)
+
+    pixels_BCHW = torch.tensor([0.0, 2.0, 1.0]).reshape(3, 1, 1, 1).expand(3, 3, 8, 8)
+    latents = encode_finite(encode, pixels_BCHW, exactly)
+    assert [None if latent is None else latent[0].item() for latent in latents] == [0.0, 2.0, 1.0]
+    assert alone == [1]

@@ -8,7 +8,13 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
-from sdxl_training.model.latents import decode_latents, encode_latents, vae_fingerprint
+from sdxl_training.model.latents import (
+    decode_latents,
+    encode_latents,
+    encode_latents_exactly,
+    set_up_vae,
+    vae_fingerprint,
+)
 from tests.tiny_sdxl import tiny_vae
 
 
@@ -81,3 +87,28 @@ def test_fingerprint_is_of_weights_configuration_and_precision(vae: AutoencoderK
     rescaled.register_to_config(scaling_factor=0.18215)
     prints = [vae_fingerprint(other) for other in (nudged, rescaled, copy.deepcopy(vae).bfloat16())]
     assert len({fingerprint, *prints}) == 4
+
+
+def test_settings_of_the_vae_change_its_fingerprint_and_little_else(vae: AutoencoderKL) -> None:
+    plain = copy.deepcopy(vae)
+    assert vae_fingerprint(set_up_vae(plain, "fp32", tiling=False)) == vae_fingerprint(vae)
+    half, tiled = copy.deepcopy(vae), copy.deepcopy(vae)
+    prints = {
+        vae_fingerprint(each) for each in (plain, set_up_vae(half, "bf16", False), set_up_vae(tiled, "fp32", True))
+    }
+    assert len(prints) == 3
+    mean_BCHW, _ = encode_latents(vae, PIXELS_BCHW)
+    assert (encode_latents(half, PIXELS_BCHW)[0] - mean_BCHW).abs().max() < 0.1 * mean_BCHW.std()
+    exact_BCHW, _ = encode_latents_exactly(half, PIXELS_BCHW)
+    assert half.dtype == torch.bfloat16
+    assert torch.equal(exact_BCHW, encode_latents(copy.deepcopy(half).float(), PIXELS_BCHW)[0])
+
+
+def test_tiles_see_what_the_whole_picture_sees(vae: AutoencoderKL) -> None:
+    tiled = set_up_vae(copy.deepcopy(vae), "fp32", tiling=True)
+    tiled.tile_sample_min_size, tiled.tile_latent_min_size = 64, 8
+    pixels_1CHW = torch.nn.functional.interpolate(PIXELS_BCHW[:1], (96, 160), mode="bicubic", align_corners=False)
+    whole, parts = encode_latents(vae, pixels_1CHW)[0], encode_latents(tiled, pixels_1CHW)[0]
+    assert parts.shape == whole.shape == (1, 4, 12, 20)
+    assert not torch.equal(parts, whole)
+    assert (parts - whole).abs().mean() < 0.5 * whole.std()

@@ -20,7 +20,7 @@ from sdxl_training.config.load import LoadedConfig
 from sdxl_training.config.schema import Config
 from sdxl_training.data.encoding import Encoder
 from sdxl_training.data.store import Store
-from sdxl_training.model.latents import encode_latents, set_up_vae, vae_fingerprint
+from sdxl_training.model.latents import encode_latents, encode_latents_exactly, set_up_vae, vae_fingerprint
 from sdxl_training.model.load import load_vae
 from sdxl_training.parallel.group import Group, own_device
 from sdxl_training.records import UserError
@@ -51,7 +51,8 @@ def cache(loaded: LoadedConfig, verify: bool) -> None:
     if writer is None:
         raise ValueError("a cache without a writer")
     with closing(writer):
-        encoder = Encoder(partial(encode_latents, vae), group.device, ENCODE_BATCH, dataset.cache, writer)
+        encode, exactly = partial(encode_latents, vae), partial(encode_latents_exactly, vae)
+        encoder = Encoder(encode, group.device, ENCODE_BATCH, dataset.cache, writer, exactly)
         fill_cache(config, dataset, encoder, group, progress)
     quarantined = dataset.found.quarantined()
     name_quarantined(quarantined, progress)

@@ -31,7 +31,7 @@ from sdxl_training.data.sampler import slots_of_part
 from sdxl_training.data.store_writer import Compression, StoreWriter
 from sdxl_training.memory.checkpointing import recompute_activations
 from sdxl_training.memory.precision import autocast
-from sdxl_training.model.latents import encode_latents, set_up_vae, vae_fingerprint
+from sdxl_training.model.latents import encode_latents, encode_latents_exactly, set_up_vae, vae_fingerprint
 from sdxl_training.model.load import load_sdxl
 from sdxl_training.model.sdxl import SDXL
 from sdxl_training.model.text import CaptionTokenizer, encode_text
@@ -185,7 +185,8 @@ def open_session(
     # Pictures that arrive without a latent are prepared on the CPU: where the cache is of other pixels, they stay out.
     keep = dataset.preparer is None or dataset.preparer.recipe == RESAMPLING
     encode = partial(encode_latents, sdxl.vae)
-    encoder = Encoder(encode, group.device, ENCODE_BATCH, dataset.cache, writer if keep else None)
+    exactly = partial(encode_latents_exactly, sdxl.vae)
+    encoder = Encoder(encode, group.device, ENCODE_BATCH, dataset.cache, writer if keep else None, exactly)
     batches = _micro_batches(config, group, tokenizer, dataset)
     session = Session(config, folder, group, progress, sdxl, dataset, encoder, writer, tokenizer, batches, run)
     session.quarantine(dataset.found.quarantined())

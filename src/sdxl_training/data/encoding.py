@@ -28,8 +28,9 @@ NOT_FINITE = "its latent is not finite in 16 bit; try another VAE or VAE precisi
 class Encoder:
     """Encodes pictures and, with a cache and a writer, stores what it made: each batch before the next is encoded.
 
-    batch_size: most pictures that go through the VAE at once. What is handed out is what the cache would give back, so
-    a visit before the latent is stored and one after it see the same.
+    batch_size: most pictures that go through the VAE at once. exactly: in fp32, for a picture whose latent is not finite
+    otherwise. What is handed out is what the cache would give back, so a visit before the latent is stored and one after
+    it see the same.
     """
 
     encode: Encode
@@ -37,6 +38,7 @@ class Encoder:
     batch_size: int
     cache: LatentCache | None = None
     writer: StoreWriter | None = None
+    exactly: Encode | None = None
     bad: list[Quarantined] = field(default_factory=list)
 
     def __call__(self, pictures: Sequence[Unencoded]) -> list[Latent | None]:
@@ -52,7 +54,7 @@ class Encoder:
     def _encode(self, pictures: Sequence[Unencoded]) -> list[Latent | None]:
         pixels_BHWC = torch.stack([picture.pixels_HWC for picture in pictures])
         # A quarter of the bytes travels: whole numbers become floating-point on the device.
-        latents = encode_finite(self.encode, to_model_range(pixels_BHWC.to(self.device)))
+        latents = encode_finite(self.encode, to_model_range(pixels_BHWC.to(self.device)), self.exactly)
         entries = [(one, latent) for one, latent in zip(pictures, latents, strict=True) if latent is not None]
         self._keep(entries)
         self.bad += [
@@ -77,12 +79,12 @@ class Encoder:
         )
 
 
-def encode_finite(encode: Encode, pixels_BCHW: Tensor) -> list[Latent | None]:
-    """Return fp16 (mean_CHW, std_CHW) of each picture; None where they are not finite even when encoded alone."""
+def encode_finite(encode: Encode, pixels_BCHW: Tensor, exactly: Encode | None = None) -> list[Latent | None]:
+    """Return fp16 (mean_CHW, std_CHW) of each picture; None where they are not finite even alone and in fp32."""
     latents = _encode_half(encode, pixels_BCHW)
     for i, latent in enumerate(latents):
         if latent is None:
-            latents[i] = _encode_half(encode, pixels_BCHW[i : i + 1])[0]
+            latents[i] = _encode_half(exactly or encode, pixels_BCHW[i : i + 1])[0]
     return latents
 
 

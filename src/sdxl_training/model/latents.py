@@ -28,6 +28,15 @@ def encode_latents(vae: AutoencoderKL, pixels_BCHW: Tensor) -> tuple[Tensor, Ten
     return posterior.mean.float() * scale, posterior.std.float() * scale
 
 
+def encode_latents_exactly(vae: AutoencoderKL, pixels_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what `encode_latents` does, computed in fp32 whatever the VAE's own precision; it has that again after."""
+    own = vae.dtype
+    try:
+        return encode_latents(vae.to(torch.float32), pixels_BCHW)
+    finally:
+        vae.to(own)
+
+
 @torch.no_grad()
 def decode_latents(vae: AutoencoderKL, latents_BCHW: Tensor, batch_size: int = 4) -> Tensor:
     """Return pixels (B, 3, H * factor, W * factor) in [-1, 1], fp32, decoding `batch_size` latents at a time.
