@@ -1,12 +1,8 @@
-"""When pictures are encoded changes no number: first, ahead and none train the same, alone, resumed and together.
-
-The VAE rounds differently in batches of other sizes, so runs that are compared bit for bit encode one picture at once.
-"""
+"""When pictures are encoded changes no number: first, ahead and none train the same, alone, resumed and together."""
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 from dataclasses import replace
@@ -179,20 +175,6 @@ def test_too_many_bad_pictures_end_a_run_when_they_are_found(trainer: Trainer, o
 
 
 # Two processes
-
-
-def ragged(folder: Path) -> Path:
-    """Buckets of 5, 3 and 1 pictures, of which no batch of 4 is a divisor."""
-    import numpy as np
-    from PIL import Image
-
-    folder.mkdir()
-    generator = np.random.default_rng(0)
-    sizes_hw = [(64, 64)] * 5 + [(48, 80)] * 3 + [(80, 48)]
-    for number, size_hw in enumerate(sizes_hw):
-        Image.fromarray(generator.integers(0, 256, (*size_hw, 3), np.uint8)).save(folder / f"{number}.png")
-        (folder / f"{number}.txt").write_text(f"picture, {number}")
-    return folder
 
 
 def test_two_processes_share_the_work_and_the_cache(trainer: Trainer, tmp_path: Path) -> None:
