@@ -1,4 +1,4 @@
-"""Two real processes over buckets that no batch divides: as many updates each, together exactly the schedule's draws."""
+"""Two real processes over buckets that no batch divides: equally many updates, together the schedule's draws."""
 
 from __future__ import annotations
 

@@ -95,7 +95,8 @@ def joined(batches: list[RawBatch]) -> RawBatch:
     del parts["step"], parts["global_batch"], parts["unencoded"]
     weights = parts.pop("weights_EBL")
     whole = {
-        name: torch.cat(part) if isinstance(part[0], torch.Tensor) else sum(part, ()) for name, part in parts.items()
+        name: None if part[0] is None else torch.cat(part) if isinstance(part[0], torch.Tensor) else sum(part, ())
+        for name, part in parts.items()
     }
     whole["weights_EBL"] = None if weights[0] is None else torch.cat(weights, dim=1)
     return RawBatch(**whole, step=batches[0].step, global_batch=batches[0].global_batch)

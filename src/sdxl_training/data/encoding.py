@@ -28,9 +28,9 @@ NOT_FINITE = "its latent is not finite in 16 bit; try another VAE or VAE precisi
 class Encoder:
     """Encodes pictures and, with a cache and a writer, stores what it made: each batch before the next is encoded.
 
-    batch_size: most pictures that go through the VAE at once. exactly: in fp32, for a picture whose latent is not finite
-    otherwise. What is handed out is what the cache would give back, so a visit before the latent is stored and one after
-    it see the same.
+    batch_size: most pictures that go through the VAE at once. exactly: in fp32, for a picture whose latent is not
+    finite otherwise. What is handed out is what the cache would give back, so a visit before the latent is stored and
+    one after it see the same.
     """
 
     encode: Encode
