@@ -86,14 +86,17 @@ class Fetch:
 
     def __call__(self, record: ImageRecord, plan: CropPlan) -> Stored | Unencoded:
         """Return the record's latent, or its pixels where nobody has encoded them yet. Raises UnreadablePicture."""
+        # First of all: of a picture that failed in one variant, another one may have been stored before.
+        self._refuse_failed(record)
         found = self._find(record.picture, plan)
         if found is None and self._learn_news(record.picture):
+            self._refuse_failed(record)
             found = self._find(record.picture, plan)
-        if found is not None:
-            return found
+        return self._open(record, plan) if found is None else found
+
+    def _refuse_failed(self, record: ImageRecord) -> None:
         if reason := self.contents.failure(record.picture):
             raise UnreadablePicture(record.path, reason)
-        return self._open(record, plan)
 
     def _find(self, picture: int, plan: CropPlan) -> Stored | None:
         content = self.contents.known(picture)
