@@ -94,7 +94,7 @@ def test_plan_agrees_with_the_run_it_announces(trainer: Trainer) -> None:
 def test_plan_as_text_and_sheet(trainer: Trainer, tmp_path: Path) -> None:
     sheet = tmp_path / "sheet.png"
     said = run(trainer, "plan", "--sheet", str(sheet))
-    for words in ("Sources", "Quarantined", "Buckets", "Captions", "Cache", "broken-empty.png: the file is empty"):
+    for words in ("Pictures", "Quarantined", "Buckets", "Captions", "Cache", "broken-empty.png: the file is empty"):
         assert words in said.out, words
     assert str(sheet) in said.out.replace("\n", "")
     with Image.open(sheet) as drawn:

@@ -40,6 +40,7 @@ from sdxl_training.model.load import is_local, load_vae
 from sdxl_training.model.text import plain_text
 from sdxl_training.tracking.progress import ConsoleProgress
 
+UNUSABLE = "cannot be used"
 REASONED = 20_000  # records that lack a latent and are asked why; of more, so many evenly spread ones speak for all
 
 
@@ -133,17 +134,20 @@ def cache_state(config: Config, found: FoundPictures, cache: LatentCache | None 
         background = config.data.preprocessing.background
         cache = LatentCache(folder, vae_fingerprint(vae), config.data.cache.posterior, background)
     to_encode = why_encode(cache, found)
-    return replace(state, there=latents - sum(to_encode.values()), to_encode=to_encode, unknown="")
+    latents -= to_encode.pop(UNUSABLE, 0)  # nobody will ever make those
+    return replace(state, latents=latents, there=latents - sum(to_encode.values()), to_encode=to_encode, unknown="")
 
 
 def why_encode(cache: LatentCache, found: FoundPictures) -> dict[str, int]:
-    """Return how many latents the cache lacks, by reason."""
+    """Return how many latents the cache lacks, by reason; under UNUSABLE those of pictures that cannot be used."""
     plan = found.plan
-    digests_P2, known_P, _ = found.contents.columns()
-    known_N = known_P[plan.picture_N]
+    digests_P2, known_P, failed_P = found.contents.columns()
+    known_N, failed_N = known_P[plan.picture_N], failed_P[plan.picture_N]
     lacking_N = cache.missing(digests_P2[plan.picture_N], known_N, plan)
-    why = Counter({"not read yet": int(lacking_N[~known_N].sum())})
-    asked = np.flatnonzero((lacking_N > 0) & known_N)
+    why = Counter(
+        {UNUSABLE: int(lacking_N[failed_N].sum()), "not read yet": int(lacking_N[~known_N & ~failed_N].sum())}
+    )
+    asked = np.flatnonzero((lacking_N > 0) & known_N & ~failed_N)
     spread = evenly_spread(asked, REASONED)
     reasons = Reasons(cache)
     found_why: Counter[str] = Counter()
