@@ -82,7 +82,7 @@ def test_plan_as_json_states_the_run(trainer: Trainer) -> None:
 def test_plan_agrees_with_the_run_it_announces(trainer: Trainer) -> None:
     stated = report(trainer, "training.max_steps=4")
     said = trainer.run("--set", "training.max_steps=4")
-    assert f"{stated['pictures']} pictures, {stated['steps']['images_per_epoch']} images an epoch" in " ".join(
+    assert f"{stated['pictures']} pictures, {stated['steps']['images']} images an epoch" in " ".join(
         said.split()
     )
     later = report(trainer, "training.max_steps=4")["cache"]
