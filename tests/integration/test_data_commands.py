@@ -82,9 +82,7 @@ def test_plan_as_json_states_the_run(trainer: Trainer) -> None:
 def test_plan_agrees_with_the_run_it_announces(trainer: Trainer) -> None:
     stated = report(trainer, "training.max_steps=4")
     said = trainer.run("--set", "training.max_steps=4")
-    assert f"{stated['pictures']} pictures, {stated['steps']['images']} images an epoch" in " ".join(
-        said.split()
-    )
+    assert f"{stated['pictures']} pictures, {stated['steps']['images']} images an epoch" in " ".join(said.split())
     later = report(trainer, "training.max_steps=4")["cache"]
     stored = len(latents_of(trainer))
     assert later["there"] == stored > 0
@@ -94,7 +92,14 @@ def test_plan_agrees_with_the_run_it_announces(trainer: Trainer) -> None:
 def test_plan_as_text_and_sheet(trainer: Trainer, tmp_path: Path) -> None:
     sheet = tmp_path / "sheet.png"
     said = run(trainer, "plan", "--sheet", str(sheet))
-    for words in ("Pictures", "Quarantined", "Buckets", "Captions", "Cache", "broken-empty.png: the file is empty"):
+    for words in (
+        "Pictures",
+        "Quarantined",
+        "Buckets",
+        "Captions",
+        "Latent cache",
+        "broken-empty.png: the file is empty",
+    ):
         assert words in said.out, words
     assert str(sheet) in said.out.replace("\n", "")
     with Image.open(sheet) as drawn:

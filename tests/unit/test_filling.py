@@ -18,7 +18,7 @@ from sdxl_training.data.filling import Fill, FillReport
 from sdxl_training.data.images import read_pixels, resize_and_crop, to_model_range
 from sdxl_training.data.preparing import CpuPreparer
 from sdxl_training.data.store_writer import StoreWriter
-from sdxl_training.records import UserError
+from sdxl_training.records import Quarantined, UserError
 from tests.latents import Folder, Known, Silent, Vae, plan_of
 
 SIZES = [(16, 16) if number % 3 else (20, 40) for number in range(10)]
@@ -190,14 +190,14 @@ def test_equal_pictures_share_a_latent(tmp_path, pieces_of, latents):
 
 
 @pytest.mark.parametrize("latents", [1, 64])
-def test_of_equal_pictures_without_finite_latent_all_are_named(tmp_path, pieces_of, latents):
+def test_of_equal_pictures_without_finite_latent_none_is_waited_for(tmp_path, pieces_of, latents):
     pieces_of(latents)
     folder = Folder(tmp_path / "pictures", [(16, 16)] * 4)
     for number in (1, 2):
         folder.add(number, (16, 16), seed=5)
     rig = Rig(folder, tmp_path, vae=fail_for(folder, 1, Vae()))
     assert rig.fill().encoded == {"new": 2}
-    assert rig.known.reasons == {1: NOT_FINITE, 2: NOT_FINITE}
+    assert rig.known.reasons == {}
     assert rig.progress.done == rig.progress.total == 4
 
 
@@ -231,16 +231,16 @@ def test_a_file_that_changed_since_it_was_indexed_is_keyed_by_what_is_read(folde
     rig.check()
 
 
-def test_what_has_no_finite_latent_is_quarantined_and_not_tried_again(folder, tmp_path):
+def test_what_has_no_finite_latent_is_named_and_blames_the_vae_not_the_picture(folder, tmp_path):
     vae = Vae()
     rig = Rig(folder, tmp_path, vae=fail_for(folder, 4, vae))
     assert rig.fill().encoded == {"new": 9}
-    assert rig.known.reasons == {4: NOT_FINITE}
-    assert [bad.path for bad in rig.encoder.take_bad()] == [folder.records[4].path]
+    assert rig.known.reasons == {}
+    assert rig.encoder.take_bad() == [Quarantined(folder.records[4].path, NOT_FINITE)]
     rig.check(4)
-    folder.opened.clear()
-    assert rig.fill() == FillReport(9)
-    assert folder.opened == []
+    rig.vae = vae
+    assert rig.fill() == FillReport(9, {"new": 1}, 0)
+    rig.check()
 
 
 def test_when_nothing_can_be_used_it_ends(folder, tmp_path):

@@ -24,7 +24,7 @@ from sdxl_training.model.latents import encode_latents, encode_latents_exactly, 
 from sdxl_training.model.load import load_vae
 from sdxl_training.parallel.group import Group, own_device
 from sdxl_training.records import UserError
-from sdxl_training.tracking.progress import ConsoleProgress, Progress, SilentProgress
+from sdxl_training.tracking.progress import ConsoleProgress, Progress, SilentProgress, open_log
 
 
 def cache(loaded: LoadedConfig, verify: bool) -> None:
@@ -42,7 +42,10 @@ def cache(loaded: LoadedConfig, verify: bool) -> None:
     config = filled_first(config)
     rank, processes = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     group = Group(rank, processes, own_device(config.global_config.device))
-    progress: Progress = ConsoleProgress(Console()) if group.is_main else SilentProgress()
+    console = Console()
+    if group.is_main:
+        open_log(None, console)
+    progress: Progress = ConsoleProgress(console) if group.is_main else SilentProgress()
     if verify and group.is_main:
         verify_cache(loaded, progress)
     vae = set_up_vae(load_vae(config.model.source, group.device), config.model.vae_precision, config.model.vae_tiling)
@@ -54,7 +57,7 @@ def cache(loaded: LoadedConfig, verify: bool) -> None:
         encode, exactly = partial(encode_latents, vae), partial(encode_latents_exactly, vae)
         encoder = Encoder(encode, group.device, ENCODE_BATCH, dataset.cache, writer, exactly)
         fill_cache(config, dataset, encoder, group, progress)
-    quarantined = dataset.found.quarantined()
+    quarantined = [*dataset.found.quarantined(), *encoder.take_bad()]
     name_quarantined(quarantined, progress)
     refuse_too_many_bad(config, quarantined, dataset.found.pictures.found)
 

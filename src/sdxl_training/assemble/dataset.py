@@ -19,7 +19,7 @@ from sdxl_training.assemble.sources import INDEX_FOLDER, open_pictures
 from sdxl_training.config.schema import Config, cache_folder
 from sdxl_training.data.bucket_lists import GENERATORS, buckets_at_resolutions, listed_buckets
 from sdxl_training.data.buckets import Fitting
-from sdxl_training.data.cache import LatentCache
+from sdxl_training.data.cache import CODE_VERSION, LatentCache
 from sdxl_training.data.claims import Claims
 from sdxl_training.data.crops import Cut
 from sdxl_training.data.dali import DaliPreparer, choose_backend
@@ -161,6 +161,7 @@ class Dataset:
     """Pictures in order: what the loader reads and what decides which sample comes when.
 
     cache: where latents are kept, or None where nothing is. preparer: what decodes in bulk where that comes first.
+    latents_are: what decides a latent beside the picture and its crop, as text.
     """
 
     found: FoundPictures
@@ -168,7 +169,7 @@ class Dataset:
     fetch: Fetch
     cache: LatentCache | None
     preparer: Preparer | None
-    vae_fingerprint: str
+    latents_are: str
 
     @property
     def plan(self) -> PicturePlan:
@@ -183,12 +184,13 @@ class Dataset:
         """
         plan, pictures = self.plan, self.found.pictures
         sizes = [pictures.column(name) for name in ("length", "height", "width")]
+        boxes = pictures.boxes() if plan.cut.position == "focus" else []
         return {
             "global_config.seed": str(self.schedule.seed),
             "images a step (batch_size x accumulation x processes)": self._images_a_step(),
             "which pictures there are": self._which(),
             "the pictures' content, size, crop or VAE": _digest(
-                [*sizes, _as_bytes(f"{plan.buckets} {plan.cut} {self.vae_fingerprint}")]
+                [*sizes, *boxes, _as_bytes(f"{[*plan.by_bucket]} {plan.cut} {self.latents_are}")]
             ),
             "captions": _digest([*pictures.captions(), *map(_as_bytes, pictures.readings())]),
             "repeats": _digest([plan.repeats]),
@@ -244,7 +246,8 @@ def prepare_dataset(
         cache = LatentCache(latent_folder(config), vae_fingerprint, config.data.cache.posterior, background, recipe)
     fetch = Fetch(found.pictures, found.contents, cache, background)
     schedule = build_schedule(config, found.plan, group.world_size)
-    return Dataset(found, schedule, fetch, cache, preparer, vae_fingerprint)
+    latents_are = f"{vae_fingerprint} {CODE_VERSION} {recipe} {background} {config.data.cache.posterior}"
+    return Dataset(found, schedule, fetch, cache, preparer, latents_are)
 
 
 def latent_folder(config: Config) -> Path:

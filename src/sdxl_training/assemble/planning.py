@@ -38,7 +38,7 @@ from sdxl_training.data.statistics import (
 from sdxl_training.model.latents import set_up_vae, vae_fingerprint
 from sdxl_training.model.load import is_local, load_vae
 from sdxl_training.model.text import plain_text
-from sdxl_training.tracking.progress import ConsoleProgress
+from sdxl_training.tracking.progress import ConsoleProgress, open_log
 
 UNUSABLE = "cannot be used"
 REASONED = 20_000  # records that lack a latent and are asked why; of more, so many evenly spread ones speak for all
@@ -51,6 +51,7 @@ def plan(loaded: LoadedConfig, as_json: bool, sheet_file: Path | None) -> None:
     cannot be written.
     """
     console = Console(stderr=as_json)  # so that the JSON is all there is on the standard output
+    open_log(None, console)
     progress = ConsoleProgress(console)
     found = find_pictures(loaded.config, progress)
     report = make_report(loaded.config, found)

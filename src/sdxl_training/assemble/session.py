@@ -36,7 +36,7 @@ from sdxl_training.model.load import load_sdxl
 from sdxl_training.model.sdxl import SDXL
 from sdxl_training.model.text import CaptionTokenizer, encode_text
 from sdxl_training.parallel.group import Group
-from sdxl_training.records import Batch, Draw, Quarantined
+from sdxl_training.records import Batch, Draw, Quarantined, UserError
 from sdxl_training.tracking.meters import Meter
 from sdxl_training.tracking.progress import Progress
 from sdxl_training.training.checkpoint import Checkpoint
@@ -135,7 +135,7 @@ class Session:
         if self.config.data.cache.mode == "first":
             encoder = replace(self.encoder, writer=self.writer)
             fill_cache(self.config, self.dataset, encoder, self.group, self.progress)
-            self.quarantine(self.dataset.found.quarantined())
+            self.quarantine([*self.dataset.found.quarantined(), *encoder.take_bad()])
         if self.config.data.cache.text_variants:
             self._fill_texts()
 
@@ -165,6 +165,7 @@ def open_session(
     if training.memory.gradient_checkpointing:
         recompute_activations(sdxl.unet)
     dataset = prepare_dataset(config, group, progress, vae_fingerprint(sdxl.vae), group)
+    _refuse_other_data(dataset.fingerprint, group)
     tokenizer = build_tokenizer(config, sdxl)
     if group.is_main:
         folder.write_quarantine(())
@@ -193,6 +194,17 @@ def open_session(
     return session
 
 
+def _refuse_other_data(fingerprint: dict[str, str], group: Group) -> None:
+    """Raise UserError on every rank where they do not all see the same data: each would draw in an order of its own."""
+    everywhere = group.gather([fingerprint])
+    differing = [name for name in fingerprint if len({each[name] for each in everywhere}) > 1]
+    if differing:
+        raise UserError(
+            f"data.sources: the processes of this run do not see the same data; what differs: {', '.join(differing)}. "
+            "Give all machines the same files and the same configuration, and one data.cache.path that they share."
+        )
+
+
 def open_writer(config: Config, dataset: Dataset, group: Group, progress: Progress) -> StoreWriter | None:
     """Return what writes latents into the cache on this rank, if there is one."""
     if dataset.cache is None:
@@ -216,7 +228,7 @@ def _micro_batches(config: Config, group: Group, tokenizer: CaptionTokenizer, da
         schedule=dataset.schedule,
         records=dataset.plan.records,
         variants=dataset.plan.variants,
-        weights=dataset.found.pictures.weights()[dataset.plan.picture_N],
+        weights=dataset.found.pictures.weights(dataset.plan),
         fetch=dataset.fetch,
         draw_noise=build_noise(config),
         couple=build_coupling(config),

@@ -56,6 +56,8 @@ def open_source(described: Source, config: Config) -> PictureSource:
         return ParquetSource(described.path, columns.image, columns.captions or None)
     if described.table is not None:
         return TableSource(described.path, described.table, columns.image, columns.captions, columns.tags)
+    if columns.image or columns.captions or columns.tags:
+        raise UserError("this is a folder of pictures, which has no columns. Name its table, or take columns out.")
     return (AddressSource if is_address(described.path) else FolderSource)(described.path, extension)
 
 
@@ -66,7 +68,16 @@ def session_name() -> str:
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return ""
-    return f"{os.getppid()} {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    # In a container the launcher has the same number at every start: only with its time of birth is it one of its kind.
+    return f"{os.getppid()} {_birth_of(os.getppid())} {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+
+
+def _birth_of(process: int) -> str:
+    """Return when the machine and this process on it were started; with it the process' number is unique."""
+    boot, status = Path("/proc/sys/kernel/random/boot_id"), Path(f"/proc/{process}/stat")
+    if not (boot.is_file() and status.is_file()):  # no Linux
+        return ""
+    return f"{boot.read_text().strip()} {status.read_text().rpartition(')')[2].split()[19]}"
 
 
 def kind_of(described: Source) -> str:

@@ -7,6 +7,7 @@ Shape legend: H x W rows and columns of a picture as it is shown on the sheet, C
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import unicodedata
@@ -126,7 +127,8 @@ def write_sheet(sheet: Image.Image, path: Path) -> Path:
             "there and can be written, on a disk with space."
         ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def show_crop(pixels_HWC: Pixels, plan: CropPlan, side_px: int = SIDE_PX) -> Image.Image:

@@ -72,6 +72,7 @@ class Encoder:
     def _keep(self, entries: Sequence[tuple[Unencoded, Latent]]) -> None:
         if self.cache is None or self.writer is None or not entries:
             return
+        entries = [*{(one.content, one.plan): (one, latent) for one, latent in entries}.values()]
         self.writer.append(
             np.stack([self.cache.key(one.content, one.plan) for one, _ in entries]),
             np.stack([self.cache.origin(one.sample_id, one.content, one.plan) for one, _ in entries]),

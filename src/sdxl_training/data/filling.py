@@ -105,11 +105,13 @@ class Fill:
     start: float = 0.0
     wait: Callable[[], None] = lambda: time.sleep(WAIT_SECONDS)
     threads: int | None = None
+    _without_latent: set[int] = field(default_factory=set)
 
     def run(self, progress: Progress) -> FillReport:
         """Encode until the cache holds everything that can be encoded, by this process or others.
 
-        A picture that cannot be decoded, or has no finite latent, is quarantined by name and not tried again. Raises
+        A picture that cannot be decoded is quarantined by name and not tried again. One that has no finite latent is
+        not stored, which belongs to the VAE and not to the picture; each process finds that out by itself. Raises
         UserError where the cache cannot be written.
         """
         pieces = self._pieces()
@@ -154,7 +156,7 @@ class Fill:
         numbers_K = np.concatenate([pieces[piece] for piece in among])
         pictures_K = self.plan.picture_N[numbers_K]
         contents_P, known_P, failed_P = self.contents.columns()
-        failed_K = failed_P[pictures_K]
+        failed_K = failed_P[pictures_K] | np.isin(pictures_K, list(self._without_latent))
         there_K, missing_K = self.cache.count(contents_P[pictures_K], known_P[pictures_K], self.plan.subset(numbers_K))
         starts = np.cumsum([0, *(len(pieces[piece]) for piece in among[:-1])])
         there = np.add.reduceat(there_K, starts).tolist()
@@ -170,12 +172,15 @@ class Fill:
         # Asked one by one: the columns of all pictures take as long as a piece may.
         pictures = self.plan.picture_N[numbers_K].tolist()
         contents = [self.contents.known(picture) for picture in pictures]
-        failed_K = np.array([self.contents.failure(picture) is not None for picture in pictures])
+        failed_K = np.array([self._is_hopeless(picture) for picture in pictures])
         known_K = np.array([content is not None for content in contents])
         contents_K = np.frombuffer(b"".join(content or bytes(16) for content in contents), np.uint64).reshape(-1, 2)
         missing_K = self.cache.missing(contents_K, known_K, self.plan.subset(numbers_K))
         wanted: list[int] = numbers_K[(missing_K > 0) & ~failed_K].tolist()
         return wanted
+
+    def _is_hopeless(self, picture: int) -> bool:
+        return picture in self._without_latent or self.contents.failure(picture) is not None
 
     def _encode_free(
         self, pieces: Sequence[tuple[int, Integers]], why: Reasons, encoded: Counter[str], ahead: ThreadPoolExecutor
@@ -252,7 +257,10 @@ class Fill:
                 self.contents.learn(picture, each.content)
             # What is wrong with a picture is wrong with those that are equal to it.
             reasons = [each.reason, *(failed.get((each.content, plan)) for plan in each.wanted)]
-            if reason := next(filter(None, reasons), None):
+            reason = next(filter(None, reasons), None)
+            if reason == NOT_FINITE:
+                self._without_latent.add(picture)
+            elif reason:
                 self.contents.fail(picture, reason, lasting=bool(each.content))
 
 

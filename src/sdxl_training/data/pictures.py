@@ -23,7 +23,7 @@ from sdxl_training.data.crops import read_box
 from sdxl_training.data.filters import EVERYTHING, Filter
 from sdxl_training.data.lazy import Lazy
 from sdxl_training.data.listing import PictureSource
-from sdxl_training.data.picture_plan import Columns
+from sdxl_training.data.picture_plan import Columns, PicturePlan
 from sdxl_training.records import ImageRecord, Quarantined, UserError
 
 EXAMPLES = 5
@@ -214,17 +214,21 @@ class Pictures(Sequence[ImageRecord]):
         columns = (self.taken(number, name) for number in range(len(self.sources)) for name in ("captions", "tags"))
         return [part for lists in columns for part in _columns_of_lists(lists)]
 
+    def boxes(self) -> list[NDArray[np.generic]]:
+        """Return the focus boxes of all pictures as columns to be digested."""
+        columns = [self.taken(number, "focus") for number in range(len(self.sources))]
+        counts = [pc.list_value_length(boxes).fill_null(-1).to_numpy(zero_copy_only=False) for boxes in columns]
+        return [*counts, *(pc.list_flatten(boxes).to_numpy(zero_copy_only=False) for boxes in columns)]
+
     def readings(self) -> list[str]:
         """Return how the captions of each source are read, which decides what its captions and tags are."""
         rules = [source.rules for source in self.sources]
         return [f"{each.kind} {each.separator} {each.weights} {each.lines}" for each in rules]
 
-    def weights(self) -> NDArray[np.float32]:
-        """Return the loss weight of each picture, with mean 1 over an epoch's images."""
-        rules = [source.rules for source in self.sources]
-        weight_P = np.array([each.weight for each in rules])[self.source_P]
-        repeats_P = np.array([each.repeats for each in rules])[self.source_P]
-        return np.asarray(weight_P * (repeats_P.sum() / (weight_P * repeats_P).sum()), dtype=np.float32)
+    def weights(self, plan: PicturePlan) -> NDArray[np.float32]:
+        """Return the loss weight of each record of a plan of these pictures, with mean 1 over an epoch's images."""
+        weight_N = np.array([source.rules.weight for source in self.sources])[self.source_P[plan.picture_N]]
+        return np.asarray(weight_N * (plan.repeats.sum() / (weight_N * plan.repeats).sum()), dtype=np.float32)
 
     def quarantined(self) -> list[Quarantined]:
         """Return all pictures that cannot be used, by source and name."""

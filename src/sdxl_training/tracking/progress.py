@@ -200,23 +200,25 @@ def _bars(console: Console) -> Bars:
     )
 
 
-def open_log(run_dir: Path, console: Console) -> logging.Logger:
+def open_log(run_dir: Path | None, console: Console) -> logging.Logger:
     """Send the logger "sdxl_training" to <run>/run.log (appended, with times) and to the console; return it.
 
-    Progress lines go to the console only where it draws no bars. A second call replaces the first one's files.
+    Without a run, to the console alone. Progress lines go to the console only where it draws no bars. A second call
+    replaces the first one's files.
     """
     logger = logging.getLogger(LOG_NAME)
     for handler in tuple(logger.handlers):
         logger.removeHandler(handler)
         handler.close()
     logger.setLevel(logging.INFO)
-    file = logging.FileHandler(run_dir / LOG_FILE, encoding="utf-8")
-    file.setFormatter(_Printable("%(asctime)s %(levelname)-7s %(message)s"))
+    if run_dir is not None:
+        file = logging.FileHandler(run_dir / LOG_FILE, encoding="utf-8")
+        file.setFormatter(_Printable("%(asctime)s %(levelname)-7s %(message)s"))
+        logger.addHandler(file)
     screen = _Screen(console)
     screen.setFormatter(_Printable("%(message)s"))
     if draws_bars(console):
         screen.addFilter(lambda record: record.name != LINES_NAME)
-    logger.addHandler(file)
     logger.addHandler(screen)
     return logger
 
