@@ -53,6 +53,8 @@ def open_source(described: Source, config: Config) -> PictureSource:
     if kind == "tar":
         return TarSource(described.path, extension)
     if kind == "parquet":
+        if columns.tags:
+            raise UserError("the tags of Parquet files are read from a column called tags. Take columns.tags out.")
         return ParquetSource(described.path, columns.image, columns.captions or None)
     if described.table is not None:
         return TableSource(described.path, described.table, columns.image, columns.captions, columns.tags)
