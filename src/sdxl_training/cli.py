@@ -64,10 +64,14 @@ def plan(
     sheet: Annotated[
         Path | None, typer.Option("--sheet", metavar="FILE", help="Draw the 50 worst crops to a picture (PNG).")
     ] = None,
+    crops: Annotated[
+        Path | None,
+        typer.Option("--crops", metavar="FILE", help="Write bucket, scale and cut of each picture (JSONL)."),
+    ] = None,
 ) -> None:
     """State pictures, buckets, crops, captions, steps and cache without training."""
     loaded = load_config(config, overrides or ())
-    _assemble().plan(loaded, as_json=as_json, sheet_file=sheet)
+    _assemble().plan(loaded, as_json=as_json, sheet_file=sheet, crops_file=crops)
 
 
 @app.command()

@@ -108,6 +108,16 @@ def test_plan_as_text_and_sheet(trainer: Trainer, tmp_path: Path) -> None:
     assert "sheet.png" in nowhere.err
 
 
+def test_plan_writes_a_line_for_every_picture(trainer: Trainer, tmp_path: Path) -> None:
+    file = tmp_path / "crops.jsonl"
+    planned = json.loads(run(trainer, "plan", "--json", "--crops", str(file)).out)
+    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    assert len(lines) == planned["records"]
+    assert all(line["scale"] <= 1 and 0 <= line["cropped"] < 1 and Path(line["path"]).is_file() for line in lines)
+    nowhere = run(trainer, "plan", "--crops", str(tmp_path / "absent" / "x.jsonl"), status=2)
+    assert "cannot be written" in nowhere.err
+
+
 def test_plan_reads_a_changed_folder_again(trainer: Trainer, pictures: Path, tmp_path: Path) -> None:
     """The index is no memory of what was: a filter, and a picture that is gone."""
     own = Path(shutil.copytree(pictures, tmp_path / "own"))

@@ -39,7 +39,6 @@ from sdxl_training.records import Bucket, Quarantined, UserError
 from sdxl_training.tracking.progress import Progress
 
 NAMED = 10
-CAPTIONS_AT_ONCE = 4096
 
 
 @dataclass(frozen=True)
@@ -266,7 +265,7 @@ def fill_cache(config: Config, dataset: Dataset, encoder: Encoder, group: Group,
     """Encode all that the cache lacks, together with every other process that does; none waits for another's word."""
     if dataset.cache is None or dataset.preparer is None:
         raise ValueError("there is no cache to fill")
-    with closing(dataset.preparer) as preparer, Claims(latent_folder(config) / dataset.claims_name) as claims:
+    with closing(dataset.preparer) as preparer:
         report = Fill(
             plan=dataset.plan,
             pictures=dataset.found.pictures,
@@ -274,7 +273,7 @@ def fill_cache(config: Config, dataset: Dataset, encoder: Encoder, group: Group,
             cache=dataset.cache,
             encoder=encoder,
             preparer=preparer,
-            claims=claims,
+            claims=Claims(latent_folder(config) / dataset.claims_name),
             start=group.rank / group.world_size,
         ).run(progress)
     progress.message(report.describe())

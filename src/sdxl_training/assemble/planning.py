@@ -29,6 +29,7 @@ from sdxl_training.data.demo_set import write_demo_set
 from sdxl_training.data.remote import shown
 from sdxl_training.data.statistics import (
     BatchParts,
+    crop_lines,
     evenly_spread,
     planned_pictures,
     source_table,
@@ -38,17 +39,18 @@ from sdxl_training.data.statistics import (
 from sdxl_training.model.latents import set_up_vae, vae_fingerprint
 from sdxl_training.model.load import is_local, load_vae
 from sdxl_training.model.text import plain_text
+from sdxl_training.records import UserError
 from sdxl_training.tracking.progress import ConsoleProgress, open_log
 
 UNUSABLE = "cannot be used"
 REASONED = 20_000  # records that lack a latent and are asked why; of more, so many evenly spread ones speak for all
 
 
-def plan(loaded: LoadedConfig, as_json: bool, sheet_file: Path | None) -> None:
+def plan(loaded: LoadedConfig, as_json: bool, sheet_file: Path | None, crops_file: Path | None) -> None:
     """Print images, buckets, crops, captions, steps and cache; reads headers and captions only.
 
-    as_json: everything, for programs. sheet_file: where the worst crops are drawn to (PNG). Raises UserError where it
-    cannot be written.
+    as_json: everything, for programs. sheet_file: where the worst crops are drawn to (PNG). crops_file: where a line of
+    JSON is written for each picture. Raises UserError where a file cannot be written.
     """
     console = Console(stderr=as_json)  # so that the JSON is all there is on the standard output
     open_log(None, console)
@@ -60,6 +62,9 @@ def plan(loaded: LoadedConfig, as_json: bool, sheet_file: Path | None) -> None:
     else:
         said = report.text().encode("utf-8", "backslashreplace").decode()  # a file's name need not be text
         console.print(said, markup=False, highlight=False, soft_wrap=True)
+    if crops_file is not None:
+        write_crops(found, crops_file)
+        progress.message(f"what becomes of each picture: {crops_file}")
     if sheet_file is None:
         return
     sheet = worst_crops(loaded.config, found)
@@ -110,6 +115,18 @@ def worst_crops(config: Config, found: FoundPictures) -> Image.Image | None:
         return None
     cells = worst_crop_cells(found.plan, found.pictures.read)
     return draw_sheet(cells, background=config.data.preprocessing.background)
+
+
+def write_crops(found: FoundPictures, file: Path) -> None:
+    """Write a line of JSON for each picture: size, bucket, scale, share cut away. Raises UserError where it cannot."""
+    try:
+        with file.open("w", encoding="utf-8") as lines:
+            lines.writelines(f"{line}\n" for line in crop_lines(found.plan))
+    except OSError as error:
+        raise UserError(
+            f"--crops = {file}: cannot be written ({error.strerror or error}). Give a file in a folder that is there "
+            "and can be written."
+        ) from error
 
 
 def cache_state(config: Config, found: FoundPictures, cache: LatentCache | None = None) -> CacheState | None:

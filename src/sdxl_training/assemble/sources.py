@@ -83,7 +83,7 @@ def _birth_of(process: int) -> str:
 
 
 def kind_of(described: Source) -> str:
-    """Return folder, tar or parquet: as told, or by the path's ending, or by what the folder holds."""
+    """Return folder, tar or parquet: as told, or by the path's ending."""
     if described.type != "auto":
         return described.type
     ending = described.path.lower()

@@ -61,7 +61,7 @@ class Source(Section):
         description="Folder with pictures, tar files, Parquet files with pictures, or an address such as s3://...",
     )
     type: Literal["auto", "folder", "tar", "parquet"] = Field(
-        default="auto", description="What is there; auto: by the path's ending and what the folder holds."
+        default="auto", description="What is there; auto: by the path's ending, a folder of pictures where it has none."
     )
     table: str | None = Field(
         default=None, min_length=1, description="JSONL, CSV or Parquet file with names and captions of the pictures."

@@ -71,11 +71,6 @@ class PictureSource(Protocol):
         """Return what people are shown for a picture or file of this name: a path or an address."""
 
 
-def empty_pictures() -> pa.Table:
-    """Return no pictures."""
-    return PICTURES.empty_table()
-
-
 def pictures_of(rows: Sequence[dict[str, object]]) -> pa.Table:
     """Return pictures from one mapping a row; columns that are left out are null."""
     return pa.Table.from_pylist(list(rows), schema=PICTURES)

@@ -203,7 +203,8 @@ class MicroBatches(Dataset[RawBatch]):
             first = next(iter(batch.unencoded.values()))
             raise UserError(
                 f"{first.path}: its latent is not in the cache, and the noise of this run depends on it. Start "
-                "the same command again: what is missing is then encoded first."
+                "the same command again: what is missing is then encoded first. If it is named again, the VAE makes no "
+                "finite latent of it: take the picture out, or use another model.vae_precision."
             )
 
     def _sample(self, draw: Draw) -> Sample:
