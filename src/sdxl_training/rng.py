@@ -32,6 +32,8 @@ class Stream(IntEnum):
     PERTURBATION = 11
     FEATURES = 12
     CROP = 13
+    PROBE = 14
+    META_BATCH = 15
 
 
 def derive_seed(seed: int, stream: Stream, *coordinates: int) -> int:

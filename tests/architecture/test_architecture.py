@@ -22,7 +22,7 @@ PACKAGE = "sdxl_training"
 _ORDER = (
     ("records", "rng"),
     ("config",),
-    ("objectives", "model", "data", "memory", "optim", "parallel", "tracking"),
+    ("objectives", "model", "data", "memory", "optim", "parallel", "tracking", "weighting"),
     ("training",),
     ("assemble", "doctor"),
     ("cli",),

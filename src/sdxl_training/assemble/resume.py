@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from sdxl_training.assemble.folder import RunFolder
+from sdxl_training.assemble.weighting import TagParts
 from sdxl_training.config.schema import Config
 from sdxl_training.model.sdxl import SDXL
 from sdxl_training.records import UserError
@@ -89,8 +90,9 @@ def check_fits(checkpoint: Checkpoint, config: Config, plan: dict[str, str]) -> 
         )
 
 
-def restore(run: Run, checkpoint: Checkpoint, progress: Progress) -> None:
-    """Put back what the update and the objective remember: optimizer, averaged weights, loss scale, levels."""
+def restore(run: Run, tags: TagParts, checkpoint: Checkpoint, progress: Progress) -> None:
+    """Put back what is remembered: optimizer, averaged weights, loss scale, levels, what is known of tags."""
+    tags.restore(checkpoint, progress)
     update, parts = run.update, checkpoint.parts
     parameters = {**update.parameters, **update.beside}
     states = parts.get("optimizer", {})
@@ -124,7 +126,7 @@ def _restore_objective(run: Run, checkpoint: Checkpoint, progress: Progress) -> 
         progress.message("training.level_density: the checkpoint has no such bins; adaptive levels begin here")
 
 
-def snapshot(run: Run, sdxl: SDXL, config: Config, step: int, plan: dict[str, str]) -> Checkpoint:
+def snapshot(run: Run, tags: TagParts, sdxl: SDXL, config: Config, step: int, plan: dict[str, str]) -> Checkpoint:
     """Return everything that has to be saved after `step` updates."""
     update = run.update
     parts = {
@@ -134,5 +136,6 @@ def snapshot(run: Run, sdxl: SDXL, config: Config, step: int, plan: dict[str, st
         "levels": run.objective.level_draw.state(),
         "average": update.average.state(),
         "loss_scale": update.loss_scale.state(),
+        **tags.state(),
     }
     return Checkpoint(RunState(step, plan, config.training.optimizer.type), parts)

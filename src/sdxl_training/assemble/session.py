@@ -9,6 +9,8 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from sdxl_training.assemble.captions import build_tokenizer, caption_rules, check_captions
 from sdxl_training.assemble.dataset import (
     Dataset,
@@ -23,6 +25,7 @@ from sdxl_training.assemble.objective import build_coupling, build_noise, build_
 from sdxl_training.assemble.parts import build_update
 from sdxl_training.assemble.resume import check_fits, load_weights, restore
 from sdxl_training.assemble.texts import fill_text_cache, park_encoders, text_folder
+from sdxl_training.assemble.weighting import TagParts, build_tags
 from sdxl_training.config.schema import Config
 from sdxl_training.data.encoding import Encoder
 from sdxl_training.data.images import RESAMPLING
@@ -60,6 +63,7 @@ class Session:
     tokenizer: CaptionTokenizer
     micro_batches: MicroBatches
     run: Run
+    tags: TagParts = field(default_factory=TagParts)
     meter: Meter = field(default_factory=Meter)
     started: float = field(default_factory=time.monotonic)
     data_page: str = ""
@@ -85,9 +89,16 @@ class Session:
 
         Raises UserError where too many pictures are bad.
         """
+        raw = replace(raw, weight_B=raw.weight_B * self.tags.weights.of(raw.pictures))
         batch = to_batch(raw, partial(encode_text, self.sdxl), self.encoder, self.group.device)
         self.quarantine([*raw.bad, *self.encoder.take_bad()])
         return batch
+
+    def without_captions(self, raw: RawBatch) -> RawBatch:
+        """Return the batch as it is where all its captions are dropped."""
+        if self.config.data.captions.null_mode == "zeros":
+            return replace(raw, keep_B=torch.zeros_like(raw.keep_B))
+        return replace(raw, **self.micro_batches.read_captions([""] * len(raw.slots), [""] * len(raw.slots)))
 
     def quarantine(self, bad: Sequence[Quarantined]) -> None:
         """Name pictures that turned out to be of no use, each once; raises UserError where there are too many."""
@@ -171,6 +182,7 @@ def open_session(
         folder.write_quarantine(())
         check_captions(config, tokenizer, dataset.plan.records, progress)
     objective = build_objective(config, group.device)
+    tags = build_tags(config, dataset.found, group.device)
     run = Run(
         model=group.wrap(sdxl.unet),
         objective=objective,
@@ -178,10 +190,11 @@ def open_session(
         precision=autocast(training.precision, group.device),
         group=group,
         seed=config.global_config.seed,
+        watch=tags.watch,
     )
     if checkpoint is not None:
         check_fits(checkpoint, config, dataset.fingerprint)
-        restore(run, checkpoint, progress)
+        restore(run, tags, checkpoint, progress)
     writer = open_writer(config, dataset, group, progress)
     # Pictures that arrive without a latent are prepared on the CPU: where the cache is of other pixels, they stay out.
     keep = dataset.preparer is None or dataset.preparer.recipe == RESAMPLING
@@ -189,7 +202,7 @@ def open_session(
     exactly = partial(encode_latents_exactly, sdxl.vae)
     encoder = Encoder(encode, group.device, ENCODE_BATCH, dataset.cache, writer if keep else None, exactly)
     batches = _micro_batches(config, group, tokenizer, dataset)
-    session = Session(config, folder, group, progress, sdxl, dataset, encoder, writer, tokenizer, batches, run)
+    session = Session(config, folder, group, progress, sdxl, dataset, encoder, writer, tokenizer, batches, run, tags)
     session.quarantine(dataset.found.quarantined())
     return session
 

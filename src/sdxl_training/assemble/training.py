@@ -25,6 +25,7 @@ from sdxl_training.assemble.folder import RunFolder, run_folder
 from sdxl_training.assemble.planning import make_report, worst_crops
 from sdxl_training.assemble.resume import find_start, snapshot
 from sdxl_training.assemble.session import Session, open_session
+from sdxl_training.assemble.tag_actions import tag_actions
 from sdxl_training.config import notes
 from sdxl_training.config.load import LoadedConfig
 from sdxl_training.parallel.group import Group, process_group
@@ -156,6 +157,7 @@ def rehearse(session: Session) -> None:
     add_gradients(session.run, session.largest_batch())
     session.run.update.optimizer.zero_grad(set_to_none=True)
     session.run.objective.level_draw.forget()
+    session.run.watch.forget()
     save(session, 0)
     draw_preview(session, 0, Trackers())
 
@@ -176,7 +178,9 @@ def save(session: Session, steps_done: int) -> None:
     if not session.group.is_main:
         return
     with session.meter.paused():
-        state = snapshot(session.run, session.sdxl, session.config, steps_done, session.dataset.fingerprint)
+        state = snapshot(
+            session.run, session.tags, session.sdxl, session.config, steps_done, session.dataset.fingerprint
+        )
         save_checkpoint(session.folder.checkpoints, state)
         prune_checkpoints(session.folder.checkpoints, session.config.global_config.checkpoints.keep_last, steps_done)
 
@@ -223,6 +227,7 @@ def _run_to_the_end(session: Session, first_step: int, stop: StopRequest) -> Non
 
         actions: Sequence[Action] = (
             log,
+            *tag_actions(session, trackers),
             Every(checkpoints.every_steps, write_and_save),
             Every(config.global_config.previews.every_steps, lambda step: draw_preview(session, step, trackers), False),
         )

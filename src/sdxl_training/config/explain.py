@@ -197,8 +197,10 @@ def _step_into(schema: Schema, path: Path, tree: Node) -> Schema:
         part = _decided(schema, part, tree.get((*path[:depth], "type")))
         if "prefixItems" in part:
             part = part["prefixItems"][int(key)]
+        elif part.get("type") == "array":
+            part = part["items"]
         else:
-            part = part["items"] if part.get("type") == "array" else part["properties"][key]
+            part = part.get("properties", {}).get(key) or part["additionalProperties"]
         part = _resolved(schema, part)
     return part
 
@@ -244,7 +246,8 @@ def in_words(part: Schema) -> str:
     if kind == "array":
         return _list_in_words(part)
     if kind == "object":
-        return "a mapping of settings"
+        named = isinstance(part.get("additionalProperties"), dict)
+        return f"a mapping from names to {in_words(part['additionalProperties'])}" if named else "a mapping of settings"
     text = "text that is not empty" if part.get("minLength") else "text"
     return {"string": text, "boolean": "true or false", "null": "null"}[str(kind)]
 

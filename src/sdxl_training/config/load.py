@@ -232,7 +232,7 @@ def _yaml_lines(value: Any, path: TreePath, origins: dict[str, str], indent: str
             yield f"{indent}- {first.lstrip()}"
             yield from rest
         elif _children(child):
-            yield f"{indent}{key}:"
+            yield f"{indent}{yaml_inline(key)}:"
             yield from _yaml_lines(child, place, origins, f"{indent}  ")
         else:
-            yield f"{indent}{key}: {yaml_inline(child)}  # {origins['.'.join(place)]}"
+            yield f"{indent}{yaml_inline(key)}: {yaml_inline(child)}  # {origins['.'.join(place)]}"

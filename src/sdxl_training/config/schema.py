@@ -26,6 +26,7 @@ from sdxl_training.config.objective import (
     Preset,
 )
 from sdxl_training.config.section import Fraction, Section
+from sdxl_training.config.tags import TagWeighting
 
 Sampler = Literal["euler", "ddim", "heun", "dpmpp_2m"]
 Grid = Literal["auto", "native", "trailing", "karras", "linear"]
@@ -281,12 +282,6 @@ class Training(Section):
 # --- the whole --------------------------------------------------------------------------------------------------------
 
 
-class NoTagWeighting(Section):
-    """Every picture counts the same."""
-
-    type: Literal["none"] = Field(default="none", description="Every picture counts the same.")
-
-
 class Config(Section):
     """A configuration file."""
 
@@ -296,7 +291,7 @@ class Config(Section):
     model: Model = Field(default=Model(), description="What is trained.")
     training: Training = Field(default=Training(), description="How it is trained. A step is one optimizer update.")
     data: Data = Field(description="Which pictures, at what sizes, with what captions.")
-    tag_weighting: NoTagWeighting = Field(default=NoTagWeighting(), description="Weights of pictures by their tags.")
+    tag_weighting: TagWeighting = Field(default=TagWeighting(), description="Weights of pictures by their tags.")
 
 
 def cache_folder(config: Config) -> str:

@@ -54,9 +54,9 @@ class RawBatch:
     latents_BCHW: drawn from the posterior, scaled, fp32; where `unencoded` has pixels instead, the standard normal
     numbers of that draw. noise_BCHW: fp32. ids_1_BL, ids_2_BL: token ids of the two text encoders. weights_EBL: the
     tokens' weights, fp32; None where captions have none. text_BLD, pooled_BP: fp16; where they are given there are no
-    ids. keep_B: False where the caption is dropped and stands for zeros. time_ids_B6 and weight_B: fp32. unencoded:
-    pictures without a latent, by place in the batch. bad: pictures that turned out to be unusable, each replaced by its
-    neighbour in the bucket.
+    ids. keep_B: False where the caption is dropped and stands for zeros. pictures: their numbers; tagged: the same, -1
+    where the caption is dropped or empty. time_ids_B6, weight_B: fp32. unencoded: pictures without a latent, by place
+    in the batch. bad: pictures that turned out to be unusable, each replaced by its neighbour.
     """
 
     latents_BCHW: Tensor
@@ -72,6 +72,8 @@ class RawBatch:
     step: int
     slots: tuple[int, ...]
     global_batch: int
+    pictures: tuple[int, ...] = ()
+    tagged: tuple[int, ...] = ()
     unencoded: Mapping[int, Unencoded] = field(default_factory=dict)
     bad: tuple[Quarantined, ...] = ()
     text_BLD: Tensor | None = None
@@ -165,7 +167,7 @@ class MicroBatches(Dataset[RawBatch]):
         return RawBatch(
             latents_BCHW=latents_BCHW,
             noise_BCHW=self._noise(samples, latents_BCHW) if noise_BCHW is None else noise_BCHW,
-            **self._read(samples, [caption or "" for caption in captions]),
+            **self.read_captions([caption or "" for caption in captions], [sample.record.path for sample in samples]),
             keep_B=torch.tensor([caption is not None for caption in captions]),
             time_ids_B6=torch.tensor([sample.plan.time_ids for sample in samples], dtype=torch.float32),
             weight_B=torch.tensor([self.weights[sample.draw.record] for sample in samples], dtype=torch.float32),
@@ -174,6 +176,8 @@ class MicroBatches(Dataset[RawBatch]):
             step=step,
             slots=tuple(slots),
             global_batch=global_batch,
+            pictures=tuple(sample.record.picture for sample in samples),
+            tagged=tuple(one.record.picture if told else -1 for one, told in zip(samples, captions, strict=True)),
             unencoded={b: one.latent for b, one in enumerate(samples) if isinstance(one.latent, Unencoded)},
             bad=tuple(self._bad.values())[known_bad:],
         )
@@ -240,11 +244,11 @@ class MicroBatches(Dataset[RawBatch]):
         generator = numpy_generator(self.seed, Stream.CAPTION, visit, record.sample_id)
         return draw_caption(record.captions, rules, generator, record.tags)
 
-    def _read(self, samples: Sequence[Sample], captions: list[str]) -> dict[str, Any]:
-        """Return what a RawBatch has of its captions."""
+    def read_captions(self, captions: list[str], paths: Sequence[str]) -> dict[str, Any]:
+        """Return what a RawBatch has of these captions; paths: of their pictures, for errors."""
         if self.texts is None:
             return dict(zip(("ids_1_BL", "ids_2_BL", "weights_EBL"), self.tokenize(captions), strict=True))
-        text_BLD, pooled_BP = self.texts.read_batch(captions, [sample.record.path for sample in samples])
+        text_BLD, pooled_BP = self.texts.read_batch(captions, paths)
         no_ids = dict.fromkeys(("ids_1_BL", "ids_2_BL"), torch.empty(len(captions), 0, dtype=torch.int64))
         return {**no_ids, "weights_EBL": None, "text_BLD": text_BLD, "pooled_BP": pooled_BP}
 
@@ -380,6 +384,7 @@ def to_batch(raw: RawBatch, encode_text: EncodeText, encode_pixels: EncodePixels
         step=raw.step,
         slots=raw.slots,
         global_batch=raw.global_batch,
+        tagged=raw.tagged,
     )
 
 

@@ -52,6 +52,9 @@ class MetricsFile:
         self._file.write(json.dumps({"step": step, **said}, allow_nan=False) + "\n")
         self._file.flush()
 
+    def beside(self, step: int, values: Mapping[str, float]) -> None:
+        """Do nothing: a line is a step."""
+
     def picture(self, step: int, name: str, path: Path) -> None:
         """Do nothing: the picture already lies in the run's folder."""
 

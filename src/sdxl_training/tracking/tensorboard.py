@@ -24,6 +24,10 @@ class TensorBoard:
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
 
+    def beside(self, step: int, values: Mapping[str, float]) -> None:
+        """Write each value under its own name."""
+        self.scalars(step, values)
+
     def picture(self, step: int, name: str, path: Path) -> None:
         """Write the picture at `path`."""
         with Image.open(path) as image:

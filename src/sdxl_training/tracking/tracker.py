@@ -18,6 +18,9 @@ class Tracker(Protocol):
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Keep the named numbers of one step."""
 
+    def beside(self, step: int, values: Mapping[str, float]) -> None:
+        """Keep numbers that are there now and then, beside those of every step."""
+
     def picture(self, step: int, name: str, path: Path) -> None:
         """Keep the picture file at `path` under `name`."""
 
@@ -35,6 +38,11 @@ class Trackers:
         """Keep the named numbers of one step in every member."""
         for member in self.members:
             member.scalars(step, values)
+
+    def beside(self, step: int, values: Mapping[str, float]) -> None:
+        """Keep the named numbers in every member that has a place for them."""
+        for member in self.members:
+            member.beside(step, values)
 
     def picture(self, step: int, name: str, path: Path) -> None:
         """Keep the picture file in every member."""

@@ -45,6 +45,25 @@ class Every:
             self.work(steps_done)
 
 
+@dataclass(frozen=True)
+class Within:
+    """Calls `work(steps_done)` each `steps` updates, never at the end: what the training itself depends on.
+
+    A run that is stopped and resumed then does it after the same updates as one that is not.
+    """
+
+    steps: int
+    work: Callable[[int], None]
+
+    def after_step(self, steps_done: int, stats: StepStats) -> None:
+        """Work when the interval divides the count."""
+        if steps_done % self.steps == 0:
+            self.work(steps_done)
+
+    def at_end(self, steps_done: int, finished: bool) -> None:
+        """Do nothing."""
+
+
 def train(
     run: Run,
     batches: Iterator[Sequence[Batch]],

@@ -1,0 +1,178 @@
+"""What a run does about tags between updates: measure, change the weights, write down how tags fare."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from fnmatch import fnmatchcase
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sdxl_training.assemble.session import Session
+from sdxl_training.config.tags import MetaLearnedWeights, NullProbeTrust
+from sdxl_training.data.atomic import write_atomically
+from sdxl_training.data.loader import RawBatch
+from sdxl_training.data.sampler import slots_of_part
+from sdxl_training.records import Draw, UserError
+from sdxl_training.rng import Stream, derive_seed, numpy_generator
+from sdxl_training.tracking.tracker import Trackers
+from sdxl_training.training.probes import Probe, caption_gains, inner_products
+from sdxl_training.training.trainer import Action, Every, Within
+from sdxl_training.weighting.balanced import balanced_odds, draw_with_odds
+from sdxl_training.weighting.margins import TagMargins
+from sdxl_training.weighting.tag_lists import Integers, Numbers
+from sdxl_training.weighting.tag_table import TagFigures, tag_figures
+from sdxl_training.weighting.trust import CaptionGains
+from sdxl_training.weighting.watch import TagWatch
+
+TAGS_WRITTEN = 1000  # the most frequent ones; of a million, all would be a hundred megabytes
+
+
+def tag_actions(session: Session, trackers: Trackers) -> list[Action]:
+    """Return what is done after updates, in this order, before anything is saved."""
+    section, tags, seed = session.config.tag_weighting, session.tags, session.config.global_config.seed
+    actions: list[Action] = []
+    if tags.gains is not None and isinstance(section.trust, NullProbeTrust):
+        actions.append(Within(section.trust.probe_steps, CaptionProbe(session, tags.gains, seed)))
+    if tags.margins is not None and isinstance(section.dynamic, MetaLearnedWeights):
+        learn = MarginProbe(session, tags.margins, section.dynamic.parameters, seed)
+        actions.append(Within(section.dynamic.probe_steps, learn))
+    if tags.weights.moves:
+        actions.append(Within(section.refresh_steps, tags.weights.refresh))
+    if tags.counts is not None and section.statistics.enabled and session.group.is_main:
+        actions.append(Every(section.statistics.every_steps, _writer(session, trackers, section.statistics.tracked)))
+    return actions
+
+
+def figures_now(session: Session) -> TagFigures | None:
+    """Return what there is to say of each tag now; None without tags. This waits for the device."""
+    tags = session.tags
+    if tags.counts is None:
+        return None
+    counts = tags.counts
+    residuals = tags.watch.residuals() if isinstance(tags.watch, TagWatch) else None
+    weight_P = tags.weights.all_of(len(counts.lists))
+    return tag_figures(counts.lists, counts.pictures_K, counts.images_K, counts.share_P, weight_P, residuals)
+
+
+def _writer(session: Session, trackers: Trackers, tracked: int) -> Callable[[int], None]:
+    def write(steps_done: int) -> None:
+        figures = figures_now(session)
+        if figures is None:
+            return
+        rows = [asdict(row) for row in figures.most_frequent(TAGS_WRITTEN)]
+        said = {"step": steps_done, "tags_in_all": len(figures.lists.names_K), "tags": rows}
+        write_atomically(session.folder.path / "tags.json", (json.dumps(said, indent=1) + "\n").encode())
+        curves: dict[str, float] = {}
+        for row in figures.rows(figures.spread_over_frequency(tracked)):
+            curves[f"tag_relative_loss/{row.tag}"] = row.relative_loss
+            curves[f"tag_weight/{row.tag}"] = row.weight
+        trackers.beside(steps_done, curves)
+
+    return write
+
+
+class CaptionProbe:
+    """Measures how much captions help, on a batch of its own."""
+
+    def __init__(self, session: Session, gains: CaptionGains, seed: int) -> None:
+        self._session, self._gains, self._seed = session, gains, seed
+
+    def __call__(self, steps_done: int) -> None:
+        """Measure one batch; all ranks learn of all samples."""
+        raw = probe_batch(self._session, self._seed, steps_done)
+        batch = self._session.to_device(raw)
+        null = self._session.to_device(self._session.without_captions(raw)).conditioning
+        gain_B, level_B = caption_gains(_probe(self._session), batch, null)
+        picture_G, (level_G, gain_G) = _everywhere(self._session, raw, [level_B.double(), gain_B.double()])
+        told_G = picture_G >= 0
+        self._gains.see(picture_G[told_G], level_G[told_G].astype(np.int64), gain_G[told_G])
+
+
+class MarginProbe:
+    """Moves the tags' margins by which samples of a batch help a tag-balanced one.
+
+    patterns: names of the U-Net's parameters whose gradients are compared.
+    """
+
+    def __init__(self, session: Session, margins: TagMargins, patterns: Sequence[str], seed: int) -> None:
+        self._session, self._margins, self._seed = session, margins, seed
+        self._parameters = _chosen(session.sdxl.unet, patterns)
+        self._odds: dict[int, Numbers] = {}
+
+    def __call__(self, steps_done: int) -> None:
+        """Measure one batch; all ranks learn of all samples."""
+        session = self._session
+        raw = probe_batch(session, self._seed, steps_done)
+        batch, meta = session.to_device(raw), session.to_device(self._meta_batch(steps_done))
+        group = session.group
+        inner_B = inner_products(
+            _probe(session), self._parameters, batch, meta, lambda value: group.sum(value) / group.world_size
+        )
+        picture_G, (inner_G,) = _everywhere(session, raw, [inner_B.double()])
+        told_G = picture_G >= 0
+        weight_G = session.tags.weights.of(picture_G[told_G].tolist()).double().numpy()
+        self._margins.learn(picture_G[told_G], weight_G, inner_G[told_G])
+
+    def _meta_batch(self, step: int) -> RawBatch:
+        """Return this rank's share of a batch in which all tags of a bucket are as frequent."""
+        session, lists = self._session, self._margins.lists
+        schedule, plan = session.dataset.schedule, session.dataset.plan
+        generator = numpy_generator(self._seed, Stream.META_BATCH, step)
+        sizes = np.array([len(schedule.members(bucket)) for bucket in schedule.buckets], np.float64)
+        number = int(draw_with_odds(sizes, 1, generator)[0])
+        bucket = schedule.buckets[number]
+        members = schedule.members(bucket)
+        if number not in self._odds:
+            self._odds[number] = balanced_odds(lists, plan.picture_N[members])
+        count = schedule.global_batches[bucket]
+        chosen = members[draw_with_odds(self._odds[number], count, generator)]
+        return _share(session, [Draw(int(record), step) for record in chosen], step)
+
+
+def probe_batch(session: Session, seed: int, step: int) -> RawBatch:
+    """Return this rank's share of a batch as training draws them, with noise of its own."""
+    schedule = session.dataset.schedule
+    several_epochs = max(1, round(8 * schedule.steps_per_epoch))
+    _, draws = schedule.batch_at(derive_seed(seed, Stream.PROBE, step) % several_epochs)
+    return _share(session, [Draw(draw.record, step) for draw in draws], step)
+
+
+def _share(session: Session, draws: Sequence[Draw], step: int) -> RawBatch:
+    batches, group = session.micro_batches, session.group
+    slots = slots_of_part(len(draws), group.rank, batches.parts)
+    # Visits of training are far below: the probe's noise and caption are never those of an update.
+    own = [Draw(draws[slot].record, 2**40 + draws[slot].visit) for slot in slots]
+    return batches.collect(own, slots, len(draws), step)
+
+
+def _probe(session: Session) -> Probe:
+    return Probe(session.sdxl.unet, session.run.objective, session.run.precision, session.run.seed)
+
+
+def _everywhere(session: Session, raw: RawBatch, numbers: Sequence[Tensor]) -> tuple[Integers, list[Numbers]]:
+    """Return the picture and these numbers of the samples of all ranks; picture -1 where there is no caption."""
+    group, parts = session.group, session.micro_batches.parts
+    table = torch.zeros(1 + len(numbers), raw.global_batch // parts * group.world_size, dtype=torch.float64)
+    own = slice(group.rank * len(raw.slots), (group.rank + 1) * len(raw.slots))
+    table[0, own] = torch.tensor(raw.tagged, dtype=torch.float64)
+    for row, number_B in enumerate(numbers, 1):
+        table[row, own] = number_B.cpu()
+    picture_G, *rest = group.sum(table).numpy()
+    return picture_G.astype(np.int64), rest
+
+
+def _chosen(unet: nn.Module, patterns: Sequence[str]) -> list[nn.Parameter]:
+    """Return the trained parameters that a pattern names. Raises UserError for a pattern that names none."""
+    named = {name: parameter for name, parameter in unet.named_parameters() if parameter.requires_grad}
+    lost = [pattern for pattern in patterns if not any(fnmatchcase(name, pattern) for name in named)]
+    if lost:
+        parts = sorted({name.split(".")[0] for name in named})
+        raise UserError(
+            f"tag_weighting.dynamic.parameters: no parameter of the U-Net is called {' or '.join(lost)}; names begin "
+            f"with {', '.join(parts)}. Correct the pattern, or delete it."
+        )
+    return [named[name] for name in named if any(fnmatchcase(name, pattern) for pattern in patterns)]

@@ -1,0 +1,112 @@
+"""The tags of all pictures of a run as numbers: a column of the index, made from captions and the tags beside them.
+
+A tag counts once a picture. Upper and lower case are the same tag, as they are to CLIP. Captions are split by Arrow,
+slice by slice, so that a million pictures take seconds and no list of their tags as text.
+
+Shape legend: P pictures, K tags, T appearances (a tag on a picture).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from sdxl_training.data.buckets import Integers
+from sdxl_training.data.caption_weights import parse_weights
+from sdxl_training.data.pictures import IndexedSource, Pictures
+
+ROWS_AT_ONCE = 2**16
+TEXTS = pa.large_list(pa.large_string())
+
+
+@dataclass(frozen=True, eq=False)
+class TagColumn:
+    """Tags of pictures. names_K: in order, lower case. tag_T[offsets[p] : offsets[p + 1]]: picture p's, ascending."""
+
+    names_K: Sequence[str]
+    offsets: Integers
+    tag_T: NDArray[np.int32]
+
+
+def tag_column(pictures: Pictures, added: Sequence[Sequence[str]]) -> TagColumn:
+    """Return the tags of all pictures. added: those that each source adds to its captions."""
+    parts: list[pa.DictionaryArray] = []
+    parents: list[Integers] = []
+    before = 0
+    for source, rows, own in zip(pictures.sources, pictures.rows, added, strict=True):
+        for first in range(0, len(rows), ROWS_AT_ONCE):
+            lists = _with_added(_lists_of(source, rows[first : first + ROWS_AT_ONCE]), own)
+            folded = pc.utf8_lower(pc.utf8_trim_whitespace(pc.list_flatten(lists)))
+            kept = pc.greater(pc.binary_length(folded), 0)
+            parts.append(folded.filter(kept).dictionary_encode())
+            parents.append(before + pc.list_parent_indices(lists).filter(kept).to_numpy(zero_copy_only=False))
+            before += len(lists)
+    joined = pa.chunked_array(parts, pa.dictionary(pa.int32(), pa.large_string())).unify_dictionaries()
+    return _numbered(joined, parents, len(pictures))
+
+
+def _numbered(joined: pa.ChunkedArray, parents: Sequence[Integers], pictures: int) -> TagColumn:
+    """Number the tags in their order, and count each once a picture. parents: of each appearance, ascending."""
+    if not len(joined):
+        return TagColumn((), np.zeros(pictures + 1, np.int64), np.empty(0, np.int32))
+    names = joined.chunk(0).dictionary
+    order_K = pc.sort_indices(names).to_numpy()
+    number_K = np.empty(len(names), np.int64)
+    number_K[order_K] = np.arange(len(names))
+    tags, length_P = [], np.zeros(pictures, np.int64)
+    for part, parent_T in zip(joined.chunks, parents, strict=True):
+        both_T = np.sort(parent_T * len(names) + number_K[part.indices.to_numpy()])  # np.unique takes ten times as long
+        once_T = both_T[np.diff(both_T, prepend=-1) > 0]
+        parent_T, tag_T = np.divmod(once_T, len(names))
+        tags.append(tag_T.astype(np.int32))
+        length_P += np.bincount(parent_T, minlength=pictures)
+    offsets = np.concatenate([[0], np.cumsum(length_P)])
+    return TagColumn(names.take(pa.array(order_K)).to_pylist(), offsets, np.concatenate(tags))
+
+
+def _lists_of(source: IndexedSource, rows: Integers) -> pa.LargeListArray:
+    """Return the tags of these rows as they are written, blanks and empty ones included."""
+    rules = source.rules
+    beside = source.table["tags"].chunk(0).take(rows).cast(TEXTS)
+    if rules.kind == "prose":
+        return pc.fill_null(beside, pa.scalar([], TEXTS))
+    if rules.weights or rules.lines:
+        return pa.array([_plain(source, row) for row in rows.tolist()], TEXTS)
+    captions = source.table["captions"].chunk(0).take(rows)
+    lengths = pc.list_value_length(captions).fill_null(0).to_numpy()
+    first = captions.values.take(pa.array(captions.offsets.to_numpy()[:-1], mask=lengths == 0))
+    split = pc.split_pattern(pc.fill_null(first, ""), rules.separator).cast(TEXTS)
+    return pc.if_else(pc.is_valid(beside), beside, split)
+
+
+def _plain(source: IndexedSource, row: int) -> list[str]:
+    """Return the tags of a row without emphasis: what brackets hold together are several tags."""
+    tags = source.tags(row)
+    if not source.rules.weights:
+        return list(tags)
+    texts = ("".join(text for text, _ in parse_weights(tag)) for tag in tags)
+    return [part for text in texts for part in text.split(source.rules.separator)]
+
+
+def _with_added(lists: pa.LargeListArray, added: Sequence[str]) -> pa.LargeListArray:
+    """Return the lists with further tags at the end of each."""
+    if not added:
+        return lists
+    more = pa.array([list(added)], TEXTS).take(pa.array(np.zeros(len(lists), np.int64)))
+    offsets = lists.offsets.to_numpy() - lists.offsets[0].as_py()
+    lengths = np.diff(offsets)
+    # Row r's tags, then the added ones, whose values follow all of the lists'.
+    places = np.arange(offsets[-1]) + len(added) * np.repeat(np.arange(len(lists)), lengths)
+    order = np.empty(offsets[-1] + len(added) * len(lists), np.int64)
+    order[places] = np.arange(offsets[-1])
+    order[np.setdiff1d(np.arange(len(order)), places, assume_unique=True)] = offsets[-1] + np.arange(
+        len(added) * len(lists)
+    )
+    values = pa.concat_arrays([pc.list_flatten(lists), pc.list_flatten(more)]).take(pa.array(order))
+    new_offsets = offsets + len(added) * np.arange(len(lists) + 1)
+    return pa.LargeListArray.from_arrays(pa.array(new_offsets), values)

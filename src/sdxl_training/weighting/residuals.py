@@ -1,0 +1,125 @@
+"""How well each tag is learnt: its pictures' losses beside those of all pictures at the same noise level.
+
+A plain mean of a tag's losses would measure which noise levels were drawn. So every loss is first compared with the
+running mean of its level; what is left, the residual, is gathered by tag.
+
+Shape legend: G samples of an update, K tags, L bins of noise levels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from sdxl_training.weighting.tag_lists import Integers, Numbers, TagLists
+
+LEVELS = 32
+LEVEL_DECAY = 0.99  # of a level's mean log loss, per loss
+LARGEST = 3.0  # residual: a factor of 20
+FASTER = 4  # so many times shorter is the memory that the trend compares with
+
+
+@dataclass(frozen=True, slots=True)
+class ResidualRule:
+    """half_life: appearances of a tag after which a loss counts half. shrinkage: appearances with residual 0 added."""
+
+    half_life: float = 200.0
+    shrinkage: float = 20.0
+
+
+class TagResiduals:
+    """Running residuals of tags; a function of the losses of whole updates, however they are cut among processes."""
+
+    def __init__(self, lists: TagLists, rule: ResidualRule) -> None:
+        self.lists = lists
+        self.rule = rule
+        tags = len(lists.names_K)
+        self._level_mean_L, self._level_count_L = np.zeros(LEVELS), np.zeros(LEVELS)
+        self._seen_K = np.zeros(tags)
+        # Discounted number and sum of residuals, with the long memory and with the short one.
+        self._number_2K, self._sum_2K = np.zeros((2, tags)), np.zeros((2, tags))
+        self._decay_2 = 0.5 ** (np.array([1.0, FASTER]) / rule.half_life)
+
+    def see(self, picture_G: Integers, level_G: Integers, loss_G: Numbers) -> None:
+        """Take note of an update: which picture each sample shows, its bin of noise levels, its unweighted loss.
+
+        picture -1: the caption was dropped, so the loss says nothing of tags. Losses that are not finite or not
+        positive are passed over. A level's first losses give it its mean and say nothing of tags either.
+        """
+        told_G = np.isfinite(loss_G) & (loss_G > 0) & (picture_G >= 0)
+        picture_G, level_G, log_G = picture_G[told_G], level_G[told_G], np.log(loss_G[told_G])
+        known_G = self._level_count_L[level_G] > 0
+        residual_G = np.clip(log_G - self._level_mean_L[level_G], -LARGEST, LARGEST)
+        self._gather(picture_G[known_G], residual_G[known_G])
+        self._move_levels(level_G, log_G)
+
+    def _gather(self, picture_G: Integers, residual_G: Numbers) -> None:
+        tags = [self.lists.of_picture(picture) for picture in picture_G.tolist()]
+        if not tags:
+            return
+        residual_T = np.repeat(residual_G, [len(own) for own in tags])
+        tag_U, where_T = np.unique(np.concatenate(tags), return_inverse=True)
+        count_U = np.bincount(where_T, minlength=len(tag_U))
+        sum_U = np.bincount(where_T, residual_T, minlength=len(tag_U))
+        keep_2U = self._decay_2[:, None] ** count_U
+        self._seen_K[tag_U] += count_U
+        self._number_2K[:, tag_U] = keep_2U * self._number_2K[:, tag_U] + count_U
+        self._sum_2K[:, tag_U] = keep_2U * self._sum_2K[:, tag_U] + sum_U
+
+    def _move_levels(self, level_G: Integers, log_G: Numbers) -> None:
+        count_L = np.bincount(level_G, minlength=LEVELS)
+        mean_L = np.bincount(level_G, log_G, minlength=LEVELS) / np.maximum(count_L, 1)
+        self._level_count_L += count_L
+        # A running mean until the decay takes over: the first losses are not drowned in the zero it starts from.
+        keep_L = np.minimum(1 - count_L / np.maximum(self._level_count_L, 1), LEVEL_DECAY**count_L)
+        self._level_mean_L = np.where(
+            count_L > 0, keep_L * self._level_mean_L + (1 - keep_L) * mean_L, self._level_mean_L
+        )
+
+    def seen(self) -> Numbers:
+        """Return how often each tag has been seen."""
+        return self._seen_K.copy()
+
+    def relative(self, memory: int = 0) -> Numbers:
+        """Return z of each tag: its shrunk mean residual less the mean of its category, weighted by appearances.
+
+        exp(z) is how many times the loss of other pictures with tags of that category. memory: 0 the long, 1 the short
+        one. Tags that have not been seen have the value of a tag with residual 0, less the mean.
+        """
+        number_K, sum_K = self._number_2K[memory], self._sum_2K[memory]
+        shrunk_K = np.divide(
+            sum_K, number_K + self.rule.shrinkage, out=np.zeros_like(sum_K), where=number_K + self.rule.shrinkage > 0
+        )
+        category_K = self.lists.category_K
+        number_C = np.bincount(category_K, number_K)
+        mean_C = np.bincount(category_K, number_K * shrunk_K) / np.maximum(number_C, np.finfo(np.float64).tiny)
+        return np.asarray(shrunk_K - mean_C[category_K])
+
+    def trend(self) -> Numbers:
+        """Return how z has lately moved, short memory less long; below 0 a tag catches up."""
+        return self.relative(1) - self.relative(0)
+
+    def log_weights(self, strength: float, max_factor: float) -> Numbers:
+        """Return D_k = clip(strength z_k, +-ln max_factor); 0 for tags that have not been seen."""
+        limit = np.log(max_factor)
+        return np.where(self._seen_K > 0, np.clip(strength * self.relative(), -limit, limit), 0.0)
+
+    def state(self) -> dict[str, Numbers]:
+        """Return everything that has to be saved."""
+        return {
+            "level_mean": self._level_mean_L,
+            "level_count": self._level_count_L,
+            "seen": self._seen_K,
+            "number": self._number_2K,
+            "sum": self._sum_2K,
+        }
+
+    def load(self, state: Mapping[str, Numbers]) -> None:
+        """Put a saved state back; raises ValueError where it is of other tags."""
+        if state["seen"].shape != self._seen_K.shape:
+            raise ValueError(f"the saved state has {len(state['seen'])} tags, these pictures {len(self._seen_K)}")
+        self._level_mean_L, self._level_count_L = state["level_mean"].copy(), state["level_count"].copy()
+        self._seen_K = state["seen"].copy()
+        self._number_2K, self._sum_2K = state["number"].copy(), state["sum"].copy()
