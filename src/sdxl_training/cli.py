@@ -75,6 +75,24 @@ def plan(
 
 
 @app.command()
+def tags(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+    sheet: Annotated[
+        Path | None,
+        typer.Option("--sheet", metavar="FILE", help="Draw the pictures that count least and most (PNG)."),
+    ] = None,
+    page: Annotated[
+        Path | None, typer.Option("--page", metavar="FILE", help="Write tables, plots and pictures to a page (HTML).")
+    ] = None,
+) -> None:
+    """State tags, their categories, counts and weights without training."""
+    loaded = load_config(config, overrides or ())
+    _assemble().tags(loaded, as_json=as_json, sheet_file=sheet, page_file=page)
+
+
+@app.command()
 def cache(
     config: ConfigFile,
     overrides: Overrides = None,

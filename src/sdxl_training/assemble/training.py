@@ -25,7 +25,8 @@ from sdxl_training.assemble.folder import RunFolder, run_folder
 from sdxl_training.assemble.planning import make_report, worst_crops
 from sdxl_training.assemble.resume import find_start, snapshot
 from sdxl_training.assemble.session import Session, open_session
-from sdxl_training.assemble.tag_actions import tag_actions
+from sdxl_training.assemble.tag_actions import figures_now, tag_actions
+from sdxl_training.assemble.tag_report import learned_sections
 from sdxl_training.config import notes
 from sdxl_training.config.load import LoadedConfig
 from sdxl_training.parallel.group import Group, process_group
@@ -33,6 +34,7 @@ from sdxl_training.records import UserError
 from sdxl_training.tracking.meters import Meter
 from sdxl_training.tracking.progress import ConsoleProgress, Progress, SilentProgress, Update, open_log
 from sdxl_training.tracking.report import ReportFacts, write_report
+from sdxl_training.tracking.report_plan import sections_as_html
 from sdxl_training.tracking.tracker import Trackers, open_trackers
 from sdxl_training.training.checkpoint import prune_checkpoints, require_space, save_checkpoint
 from sdxl_training.training.log import StepLog
@@ -266,6 +268,7 @@ def _step_log(session: Session, trackers: Trackers, show: Update) -> StepLog:
 def _write_report(session: Session, steps_done: int, state: Literal["running", "finished", "stopped"]) -> None:
     if not session.group.is_main:
         return
+    figures = figures_now(session)
     facts = ReportFacts(
         run_name=session.config.global_config.run_name,
         state=state,
@@ -273,6 +276,7 @@ def _write_report(session: Session, steps_done: int, state: Literal["running", "
         seconds=time.monotonic() - session.started,
         prompts=session.config.global_config.previews.prompts,
         data=session.data_page,
+        tags="" if figures is None else sections_as_html(learned_sections(figures)),
         quarantined={entry.path: entry.reason for entry in session.quarantined()},
         environment=_environment(session.group.device),
     )

@@ -70,12 +70,13 @@ def worst_crop_cells(plan: PicturePlan, read: Callable[[int], bytes], count: int
 
     def make(place: int) -> Cell:
         record, crop = worst[place]
-        return _read_cell(record, crop, describe_crop(crop), read)
+        return read_cell(record, crop, describe_crop(crop), read)
 
     return Lazy(len(worst), make)
 
 
-def _read_cell(record: ImageRecord, plan: CropPlan, text: str, read: Callable[[int], bytes]) -> Cell:
+def read_cell(record: ImageRecord, plan: CropPlan, text: str, read: Callable[[int], bytes]) -> Cell:
+    """Return a picture's cell with this text below it; where it cannot be read, one that says why."""
     try:
         return Cell(read(record.picture), record.path, plan, text)
     except UnreadablePicture as error:

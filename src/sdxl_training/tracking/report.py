@@ -40,9 +40,9 @@ _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-
 class ReportFacts:
     """What the page says that does not lie in the run's folder.
 
-    seconds: time since the run was last started. prompts: what the samples were drawn from, in reading
-    order of the grid. data: HTML that tells of the pictures. quarantined: reason by file. environment: versions by
-    name.
+    seconds: time since the run was last started. prompts: what the samples were drawn from, in reading order of the
+    grid. data: HTML that tells of the pictures. tags: HTML that tells how they fare. quarantined: reason by file.
+    environment: versions by name.
     """
 
     run_name: str
@@ -51,6 +51,7 @@ class ReportFacts:
     seconds: float
     prompts: Sequence[str] = ()
     data: str = ""
+    tags: str = ""
     quarantined: Mapping[str, str] = field(default_factory=dict)
     environment: Mapping[str, str] = field(default_factory=dict)
 
@@ -66,15 +67,25 @@ def write_report(run_dir: Path, facts: ReportFacts) -> Path:
         _head(facts, metrics),
         _section("Training", _curves(metrics)),
         _section("Samples", _samples(run_dir / "samples", facts.prompts)),
+        _section("Tags", facts.tags),
         _section("Data", facts.data),
         _section("Quarantined files", _quarantine(facts.quarantined)),
         _section("Configuration", _configuration(run_dir / "config.resolved.yaml")),
         _section("Environment", f'<div class="card">{_table(("", ""), facts.environment)}</div>'),
     )
-    path = run_dir / REPORT_NAME
+    return _write(run_dir / REPORT_NAME, _page(facts.run_name, "".join(sections)))
+
+
+def write_page(path: Path, title: str, sections: Mapping[str, str]) -> Path:
+    """Write a page of the report's kind by temporary name and rename. sections: HTML by title."""
+    body = f"<h1>{escape(title)}</h1>" + "".join(_section(name, html) for name, html in sections.items())
+    return _write(path, _page(title, body))
+
+
+def _write(path: Path, page: str) -> Path:
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
-        file.write(_page(facts.run_name, "".join(sections)))
+        file.write(page)
         file.flush()
         os.fsync(file.fileno())
     return temporary.replace(path)
