@@ -69,6 +69,7 @@ def _writer(session: Session, trackers: Trackers, tracked: int) -> Callable[[int
         curves: dict[str, float] = {}
         for row in figures.rows(figures.spread_over_frequency(tracked)):
             curves[f"tag_relative_loss/{row.tag}"] = row.relative_loss
+            curves[f"tag_trend/{row.tag}"] = row.trend
             curves[f"tag_weight/{row.tag}"] = row.weight
         trackers.beside(steps_done, curves)
 

@@ -1,0 +1,148 @@
+"""What do tag weights and their statistics cost an update?
+
+    OMP_NUM_THREADS=1 python benchmarks/tag_weighting_cost.py
+
+Opens one run of the miniature for each row in one process and lets them make updates in turns, so that whatever else
+the machine does slows all of them alike. The first row has neither weights nor statistics. Probes, of which there is
+one in `probe_steps` updates, are timed apart from updates.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from datetime import date
+from pathlib import Path
+
+import torch
+
+from sdxl_training.assemble.folder import RunFolder
+from sdxl_training.assemble.session import Session, open_session
+from sdxl_training.assemble.tag_actions import tag_actions
+from sdxl_training.config import load_config
+from sdxl_training.data.demo_set import write_demo_set
+from sdxl_training.parallel.group import Group
+from sdxl_training.tracking.progress import SilentProgress
+from sdxl_training.tracking.tracker import Trackers
+from sdxl_training.training.step import train_step
+from sdxl_training.training.trainer import Within
+
+ROOT = Path(__file__).parents[1]
+STATIC = "tag_weighting.static={type: frequency}"
+ROWS = {
+    "neither weights nor statistics": ["tag_weighting.statistics.enabled=false"],
+    "statistics": [],
+    "static": ["tag_weighting.statistics.enabled=false", STATIC],
+    "static and statistics": [STATIC],
+    "dynamic": ["tag_weighting.dynamic={type: residual_loss, warmup_steps: 0}", "tag_weighting.refresh_steps=50"],
+    "trust": ["tag_weighting.trust={type: null_probe}"],
+    "meta": ["tag_weighting.dynamic={type: meta, warmup_steps: 0}"],
+}
+
+
+def open_row(overrides: list[str], pictures: Path, work: Path, name: str) -> Session:
+    """Open the run of a row."""
+    own = [
+        f"global_config.output_dir={work}",
+        f"global_config.run_name={name}",
+        f"data.sources=[{{path: {pictures}}}]",
+        f"data.cache.path={work / 'cache'}",
+        "global_config.previews.every_steps=0",
+        *overrides,
+    ]
+    config = load_config(ROOT / "examples" / "miniature.yaml", own).config
+    folder = RunFolder(work / name)
+    folder.make()
+    session = open_session(config, folder, Group(0, 1, torch.device("cpu")), SilentProgress(), None)
+    session.fill()
+    return session
+
+
+class Timed:
+    """A run that makes updates, its actions included, and knows how long they and its probes took."""
+
+    def __init__(self, session: Session) -> None:
+        self._session, self._batches, self._step = session, session.batches(0), 0
+        actions = tag_actions(session, Trackers())
+        self._probes = [one for one in actions if isinstance(one, Within) and "Probe" in type(one.work).__name__]
+        self._actions = [one for one in actions if one not in self._probes]
+        self.updates: list[float] = []
+        self.probes: list[float] = []
+
+    def update(self) -> None:
+        """Make one update."""
+        began = time.perf_counter()
+        stats = train_step(self._session.run, self._step, next(self._batches))
+        self._step += 1
+        for action in self._actions:
+            action.after_step(self._step, stats)
+        self.updates.append(time.perf_counter() - began)
+
+    def probe(self) -> None:
+        """Make one measurement, where this run has any."""
+        for one in self._probes:
+            began = time.perf_counter()
+            one.work(self._step)
+            self.probes.append(time.perf_counter() - began)
+
+
+def lines(rows: dict[str, Timed], block: int) -> Iterator[str]:
+    """Yield the table."""
+    yield "| | an update, ms | to neither | a probe, in updates | with one in ten updates |"
+    yield "|---|---|---|---|---|"
+    base = next(iter(rows.values()))
+    for name, timed in rows.items():
+        # Rounds are compared one by one: within one, the machine is about as busy for all.
+        pairs = list(zip(_rounds(timed.updates, block), _rounds(base.updates, block), strict=True))
+        ratio = statistics.median(own / other for own, other in pairs)
+        update = statistics.median(timed.updates)
+        probe = f"{statistics.median(timed.probes) / update:.2f}" if timed.probes else ""
+        whole = f"{ratio * (1 + 0.1 * statistics.median(timed.probes) / update):.3f}" if timed.probes else ""
+        yield f"| {name} | {1000 * update:.1f} | {ratio:.4f} | {probe} | {whole} |"
+
+
+def _rounds(seconds: list[float], block: int) -> list[float]:
+    return [sum(seconds[first : first + block]) for first in range(0, len(seconds), block)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--block", type=int, default=10, help="updates of each run in a round")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        write_demo_set(work / "pictures", 0, 720)
+        sessions = {
+            name: open_row(overrides, work / "pictures", work, f"row{number}")
+            for number, (name, overrides) in enumerate(ROWS.items())
+        }
+        rows = {name: Timed(session) for name, session in sessions.items()}
+        for timed in rows.values():
+            timed.update()
+            timed.updates.clear()
+        for number in range(arguments.rounds):
+            order = list(rows.values())
+            for timed in order[number % len(order) :] + order[: number % len(order)]:
+                for _ in range(arguments.block):
+                    timed.update()
+                timed.probe()
+        print(
+            f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
+            f"torch {torch.__version__}, {date.today()}, load average {os.getloadavg()[0]:.1f}; "
+            f"{arguments.rounds} rounds of {arguments.block} updates each.\n"
+        )
+        print("\n".join(lines(rows, arguments.block)))
+        for session in sessions.values():
+            with closing(session):
+                pass
+
+
+if __name__ == "__main__":
+    main()
