@@ -44,7 +44,7 @@ def tags(loaded: LoadedConfig, as_json: bool, sheet_file: Path | None, page_file
         progress.message(f"the pictures that count least and most: {sheet_file}")
     if page_file is not None:
         try:
-            write_page(page_file, "Tags", {"Tags": report.html(sheet)})
+            write_page(page_file, "Tags", {"Counts and weights": report.html(sheet)})
         except OSError as error:
             raise UserError(
                 f"--page = {page_file}: cannot be written ({error.strerror or error}). Give a file in a folder that is "

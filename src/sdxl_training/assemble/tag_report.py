@@ -60,7 +60,7 @@ class TagReport:
 
     def html(self, sheet: Image.Image | None = None) -> str:
         """Return the inside of a page: charts, tables, the contact sheet."""
-        return self.charts() + sections_as_html(self.sections(sheet))
+        return f'{self.charts()}<div style="margin-top:1rem">{sections_as_html(self.sections(sheet))}</div>'
 
     def to_json(self) -> str:
         """Return everything but the tags between the commonest and the rarest as JSON."""
