@@ -35,7 +35,8 @@ class Probe:
         """Return each sample's loss as training weighs its noise level, without weights of pictures."""
         with self.precision:
             errors_B, drawn = sample_errors(self.model, self.objective, batch, self.seed)
-        return errors_B * drawn.weight_B * drawn.importance_B
+        losses_B = self.objective.uncertainty.scaled(errors_B * drawn.weight_B, drawn.log_sigma_B)
+        return losses_B * drawn.importance_B
 
 
 @torch.no_grad()
@@ -57,23 +58,34 @@ def inner_products(
     meta: Batch,
     mean_over_ranks: Callable[[Tensor], Tensor],
 ) -> Tensor:
-    """Return <grad l_i, grad L_meta> over these parameters for each sample of `batch`.
+    """Return <grad l_i, grad L_meta> over these parameters for each sample of `batch`; see `products`."""
+    return products(parameters, lambda: probe.losses(batch), lambda: probe.losses(meta).mean(), mean_over_ranks)
 
-    One pass forward and backward on the meta batch gives grad L_meta; two passes forward on `batch`, with the
-    parameters moved along it and against it, give the products by central differences, without second derivatives.
-    Zeros where grad L_meta vanishes.
+
+def products(
+    parameters: Sequence[nn.Parameter],
+    losses: Callable[[], Tensor],
+    meta_loss: Callable[[], Tensor],
+    mean_over_ranks: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """Return <grad l_i, grad L_meta> over these parameters for each of the losses.
+
+    One pass forward and backward gives grad L_meta; two passes forward of the losses, with the parameters moved along
+    it and against it, give the products by central differences, without second derivatives. Zeros where grad L_meta
+    vanishes or is not finite.
     """
-    meta_loss = probe.losses(meta).mean()
-    gradient = torch.autograd.grad(meta_loss, parameters, allow_unused=True)
+    own_loss = meta_loss()
+    gradient = torch.autograd.grad(own_loss, parameters, allow_unused=True)
     direction = [
         mean_over_ranks(torch.zeros_like(parameter) if part is None else part.float())
         for part, parameter in zip(gradient, parameters, strict=True)
     ]
-    loss = mean_over_ranks(meta_loss.detach())
+    loss = mean_over_ranks(own_loss.detach())
     squared = torch.stack([part.square().sum() for part in direction]).sum()
     if not (squared > 0 and squared.isfinite()):
-        return torch.zeros(len(batch.slots), device=loss.device)
-    return directional_derivatives(parameters, direction, lambda: probe.losses(batch), float(CHANGE * loss / squared))
+        with torch.no_grad():
+            return torch.zeros_like(losses())
+    return directional_derivatives(parameters, direction, losses, float(CHANGE * loss / squared))
 
 
 @torch.no_grad()

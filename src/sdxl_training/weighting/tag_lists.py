@@ -34,6 +34,10 @@ class Groups:
         """Return how many tags each group has."""
         return np.diff(self.start_G, append=len(self.tag_T))
 
+    def sums(self, value_T: Numbers) -> Numbers:
+        """Return the sum of each group's values."""
+        return np.asarray(np.add.reduceat(value_T, self.start_G)) if len(value_T) else value_T
+
 
 @dataclass(frozen=True, eq=False)
 class TagLists:
@@ -121,10 +125,8 @@ class TagLists:
         offsets = np.concatenate([[0], np.cumsum(lengths)])
         place_T = np.arange(offsets[-1]) + np.repeat(self.offsets[pictures] - offsets[:-1], lengths)
         groups = self._groups(place_T, offsets)
-        exponent_T = self.emphasis * value_K[groups.tag_T]
-        grown_T = np.exp(exponent_T - exponent_T.max(initial=0.0))
-        sum_G = np.add.reduceat(grown_T, groups.start_G) if len(grown_T) else grown_T
-        per_group_G = groups.share_G * gradient_B[groups.picture_G] / sum_G
+        grown_T, _ = self._grown(value_K[groups.tag_T], groups)
+        per_group_G = groups.share_G * gradient_B[groups.picture_G] / groups.sums(grown_T)
         tags, where_T = np.unique(groups.tag_T, return_inverse=True)
         return tags, _sum(where_T, grown_T * np.repeat(per_group_G, groups.lengths()), len(tags))
 
@@ -142,13 +144,15 @@ class TagLists:
         return Groups(tag_T, start_G, picture_G, share_G)
 
     def _mean(self, value_T: Numbers, groups: Groups) -> Numbers:
-        if not len(value_T):
-            return value_T
         if not self.emphasis:
-            return np.asarray(np.add.reduceat(value_T, groups.start_G) / groups.lengths())
-        largest = value_T.max()
-        sum_G = np.add.reduceat(np.exp(self.emphasis * (value_T - largest)), groups.start_G)
-        return np.asarray(largest + np.log(sum_G / groups.lengths()) / self.emphasis)
+            return groups.sums(value_T) / groups.lengths()
+        grown_T, largest_G = self._grown(value_T, groups)
+        return np.asarray(largest_G + np.log(groups.sums(grown_T) / groups.lengths()) / self.emphasis)
+
+    def _grown(self, value_T: Numbers, groups: Groups) -> tuple[Numbers, Numbers]:
+        """Return exp(tau (f - largest f of the group)), and that largest one: nothing can overflow, or vanish whole."""
+        largest_G = np.maximum.reduceat(value_T, groups.start_G) if len(value_T) else value_T
+        return np.exp(self.emphasis * (value_T - np.repeat(largest_G, groups.lengths()))), largest_G
 
 
 def _sum(place_T: Integers, value_T: Numbers, places: int) -> Numbers:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sdxl_training.weighting.residuals import LEVEL_DECAY, LEVELS
+from sdxl_training.weighting.residuals import LARGEST, LEVEL_DECAY, LEVELS
 from sdxl_training.weighting.tag_lists import Integers, Numbers, TagLists
 
 
@@ -46,7 +46,10 @@ class CaptionGains:
         self._moments_3L = np.zeros((3, LEVELS))  # discounted number, sum and sum of squares
 
     def see(self, picture_B: Integers, level_B: Integers, gain_B: Numbers) -> None:
-        """Take note of gains; what is not finite is passed over, and so are a level's first two."""
+        """Take note of gains; what is not finite is passed over, and so are a level's first two.
+
+        None counts more than LARGEST spreads: a level's first spread may be tiny by chance.
+        """
         finite_B = np.isfinite(gain_B)
         picture_B, level_B, gain_B = picture_B[finite_B], level_B[finite_B], gain_B[finite_B]
         number_L, sum_L, square_L = self._moments_3L
@@ -54,7 +57,7 @@ class CaptionGains:
         deviation_L = np.sqrt(np.maximum(square_L / np.maximum(number_L, 1e-12) - mean_L**2, 0.0))
         known_B = deviation_L[level_B] > 0
         standard_B = (gain_B - mean_L[level_B])[known_B] / deviation_L[level_B][known_B]
-        np.add.at(self._sum_P, picture_B[known_B], standard_B)
+        np.add.at(self._sum_P, picture_B[known_B], np.clip(standard_B, -LARGEST, LARGEST))
         np.add.at(self._number_P, picture_B[known_B], 1.0)
         new_3L = np.stack([np.bincount(level_B, gain_B**power, minlength=LEVELS) for power in range(3)])
         self._moments_3L = LEVEL_DECAY ** new_3L[0] * self._moments_3L + new_3L
