@@ -10,6 +10,7 @@ from sdxl_training.config.objective import FlowMatching
 from sdxl_training.config.objective_checks import OBJECTIVE_CHECKS
 from sdxl_training.config.problems import Finding
 from sdxl_training.config.schema import Config, cache_folder
+from sdxl_training.config.tags import ResidualLossWeights
 
 
 def sides_are_multiples_of_the_step(config: Config) -> Iterator[Finding]:
@@ -168,6 +169,14 @@ def source_settings_take_effect(config: Config) -> Iterator[Finding]:
             yield Finding(f"{place}.table", text, (f"{place}.type",))
 
 
+def followed_losses_are_there(config: Config) -> Iterator[Finding]:
+    """Weights that follow the losses of tags need somebody who notes them."""
+    section = config.tag_weighting
+    if isinstance(section.dynamic, ResidualLossWeights) and not section.statistics.enabled:
+        text = "needs tag_weighting.statistics.enabled: true, which follows the losses of tags; set that, or type: none"
+        yield Finding("tag_weighting.dynamic.type", text, ("tag_weighting.statistics.enabled",))
+
+
 def preview_grid_fits_the_objective(config: Config) -> Iterator[Finding]:
     """A shift is one of the linear grid; timesteps are of those objectives that have a table."""
     previews, objective = config.global_config.previews, config.training.objective
@@ -197,6 +206,7 @@ CHECKS: tuple[Callable[[Config], Iterator[Finding]], ...] = (
     cache_settings_take_effect,
     texts_are_encoded_first,
     source_settings_take_effect,
+    followed_losses_are_there,
 )
 
 

@@ -1,4 +1,7 @@
-"""Rules between objective, levels, weights and noise: what cannot work, what has no effect, what to say beforehand."""
+"""Rules between objective, levels, weights and noise: what cannot work, what has no effect, what to say beforehand.
+
+The notes are of the whole configuration.
+"""
 
 from __future__ import annotations
 
@@ -38,6 +41,7 @@ from sdxl_training.config.objective import (
 )
 from sdxl_training.config.problems import Finding
 from sdxl_training.config.schema import Config, Training
+from sdxl_training.config.tags import NoDynamicWeights, NoTrust, TagWeighting
 
 OBJECTIVE = "training.objective"
 UNBOUNDED_SIGMAS = (1e-4, 1e4)
@@ -179,7 +183,14 @@ OBJECTIVE_CHECKS: tuple[Callable[[Config], Iterator[Finding]], ...] = (
 def notes(config: Config) -> list[str]:
     """Return what is legal but worth a sentence before a long run."""
     training = config.training
-    return [*_untrained_terminal(training), *_redundant_noise(training), *_clamped(training), *_lone_pictures(training)]
+    return [
+        *_untrained_terminal(training),
+        *_redundant_noise(training),
+        *_clamped(training),
+        *_lone_pictures(training),
+        *_idle_tag_settings(config.tag_weighting),
+        *_late_tag_weights(config),
+    ]
 
 
 def _untrained_terminal(training: Training) -> Iterator[str]:
@@ -242,3 +253,33 @@ def _lone_pictures(training: Training) -> Iterator[str]:
         yield "training.coupling: a process alone with one picture a step has no noise to exchange."
     if training.stratified_levels:
         yield "training.stratified_levels: with one picture a step there is one stratum, which changes nothing."
+
+
+def _idle_tag_settings(section: TagWeighting) -> Iterator[str]:
+    """What shapes the weights of pictures where nothing gives them any."""
+    followed = not (isinstance(section.dynamic, NoDynamicWeights) and isinstance(section.trust, NoTrust))
+    idle = [] if section.changes_weights else ["bounds", "emphasis", "categories.shares"]
+    idle += [] if followed else ["refresh_steps"]
+    changed = {
+        "bounds": section.bounds != TagWeighting().bounds,
+        "emphasis": section.emphasis != TagWeighting().emphasis,
+        "categories.shares": bool(section.categories.shares),
+        "refresh_steps": section.refresh_steps != TagWeighting().refresh_steps,
+    }
+    needed = "dynamic and trust are" if section.changes_weights else "static, dynamic and trust are all"
+    for knob in idle:
+        if changed[knob]:
+            yield f"tag_weighting.{knob} has no effect: {needed} of type none."
+
+
+def _late_tag_weights(config: Config) -> Iterator[str]:
+    """Weights that follow the training, and come when it is over."""
+    section, last = config.tag_weighting, config.training.max_steps
+    if isinstance(section.dynamic, NoDynamicWeights):
+        return
+    warmup = section.dynamic.warmup_steps
+    if 2 * warmup > last:
+        yield (
+            f"tag_weighting.dynamic.warmup_steps = {warmup}: its weights begin at step {warmup} and count fully from "
+            f"step {2 * warmup}; the run ends at step {last}, so they never {'do' if warmup < last else 'begin'}."
+        )

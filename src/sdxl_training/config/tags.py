@@ -25,7 +25,7 @@ class TagCategories(Section):
         min_length=1,
         description="CSV, TSV or JSON file with the category of each tag, or a booru's number for it; null: none.",
     )
-    tags: dict[str, str] = Field(
+    tags: dict[str, Annotated[str, Field(min_length=1)]] = Field(
         default={}, description="Category of single tags, before file and prefix, such as {smile: face}."
     )
     shares: dict[str, Annotated[float, Field(ge=0)]] = Field(

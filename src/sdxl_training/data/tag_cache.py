@@ -18,6 +18,7 @@ from sdxl_training.data.pictures import IndexedSource, Pictures
 from sdxl_training.data.tag_column import TagColumn, tag_column
 
 VERSION, KEY = b"1", b"made_from"
+CHECKSUM_BYTES = 16
 SCHEMA = pa.schema([("tags", pa.large_list(pa.dictionary(pa.int32(), pa.large_string())))])
 
 log = logging.getLogger(__name__)
@@ -26,8 +27,7 @@ log = logging.getLogger(__name__)
 def kept_tag_column(folder: Path, pictures: Pictures, added: Sequence[Sequence[str]]) -> TagColumn:
     """Return the tags of all pictures from the file in this folder, which is made anew where it is of something else.
 
-    added: see `tag_column`. A file that cannot be read is made anew. Raises UserError
-    where it cannot be written.
+    added: see `tag_column`. A file that is damaged is made anew. Raises UserError where it cannot be written.
     """
     made_from = _made_from(pictures, added)
     path = folder / f"tags-{_name(pictures)}.arrow"
@@ -58,16 +58,21 @@ def _reading(source: IndexedSource) -> list[object]:
 
 
 def _read(path: Path, made_from: bytes) -> TagColumn | None:
+    """Return the column of a file: a checksum, since Arrow reads flipped bits as other tags, and an Arrow file."""
     if not path.exists():
         return None
     try:
-        with pa.OSFile(str(path)) as file, pa.ipc.open_file(file) as reader:
-            if (reader.schema.metadata or {}).get(KEY) != made_from:
-                return None
-            column = reader.read_all()["tags"].combine_chunks()
-    except (pa.ArrowException, OSError) as error:
-        log.warning("%s is damaged (%s): the tags are counted again", path, error)
+        payload = pa.py_buffer(path.read_bytes())
+    except OSError as error:
+        log.warning("%s cannot be read (%s): the tags are counted again", path, error)
         return None
+    if _checksum(payload[CHECKSUM_BYTES:]) != payload[:CHECKSUM_BYTES].to_pybytes():
+        log.warning("%s is damaged: the tags are counted again", path)
+        return None
+    with pa.ipc.open_file(payload[CHECKSUM_BYTES:]) as reader:
+        if reader.schema.metadata[KEY] != made_from:
+            return None
+        column = reader.read_all()["tags"].combine_chunks()
     tags = column.values
     return TagColumn(tags.dictionary.to_pylist(), column.offsets.to_numpy(), tags.indices.to_numpy().copy())
 
@@ -81,4 +86,9 @@ def _write(path: Path, column: TagColumn, made_from: bytes) -> None:
     schema = SCHEMA.with_metadata({KEY: made_from})
     with pa.ipc.new_file(sink, schema, options=pa.ipc.IpcWriteOptions(compression="zstd")) as writer:
         writer.write_table(pa.table([lists], schema=schema))
-    write_atomically(path, sink.getvalue())
+    body = sink.getvalue()
+    write_atomically(path, _checksum(body) + body.to_pybytes())
+
+
+def _checksum(body: pa.Buffer) -> bytes:
+    return hashlib.blake2b(body, digest_size=CHECKSUM_BYTES).digest()

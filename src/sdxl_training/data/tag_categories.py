@@ -40,8 +40,8 @@ def read_categories(path: Path) -> dict[str, str]:
     """Return the category of each tag of a CSV, TSV or JSON file.
 
     JSON: an object from tag to category. CSV and TSV: columns tag (or name) and category (or type), named in the first
-    line; without such a line the first column is the tag and the second its category. Raises UserError for what is
-    neither, with its line.
+    line; without such a line the first column is the tag and the second its category. A category may be a booru's
+    number for it. Raises UserError for what is neither, with its line.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -61,32 +61,44 @@ def _from_json(path: Path, text: str) -> dict[str, str]:
         said = json.loads(text)
     except ValueError as error:
         raise UserError(f"{PLACE} = {path}: is no JSON ({error}). Correct it there.") from error
-    if not isinstance(said, dict) or not all(isinstance(value, str) for value in said.values()):
+    if not isinstance(said, dict):
         raise UserError(f'{PLACE} = {path}: must be an object from tag to category, such as {{"smile": "face"}}.')
-    return said
+    return {tag: _category(category, f"{path}, tag {tag}") for tag, category in said.items()}
 
 
 def _from_rows(path: Path, text: str, delimiter: str) -> dict[str, str]:
-    rows = list(csv.reader(text.splitlines(), delimiter=delimiter))
-    header = [name.strip().lower() for name in rows[0]] if rows else []
+    reader = csv.reader(text.splitlines(), delimiter=delimiter, strict=True)
+    try:
+        rows = [(reader.line_num, row) for row in reader if row]
+    except csv.Error as error:
+        raise UserError(
+            f"{PLACE} = {path}, line {reader.line_num}: cannot be read ({error}). A tag with quotes is written "
+            'between quotes, its own doubled: """hi""".'
+        ) from error
+    header = [name.strip().lower() for name in rows[0][1]] if rows else []
     tag = next((header.index(name) for name in NAME_COLUMNS if name in header), None)
     category = next((header.index(name) for name in CATEGORY_COLUMNS if name in header), None)
     if (tag is None) != (category is None):
         raise UserError(
-            f"{PLACE} = {path}: its first line names {', '.join(rows[0])}; name the columns tag and category, or leave "
-            "the line out where the first column is the tag and the second its category."
+            f"{PLACE} = {path}: its first line names {', '.join(rows[0][1])}; name the columns tag and category, or "
+            "leave the line out where the first column is the tag and the second its category."
         )
     first = 0 if tag is None else 1
     tag, category = (0, 1) if tag is None or category is None else (tag, category)
     found: dict[str, str] = {}
-    for number, row in enumerate(rows[first:], first + 1):
-        if not row:
-            continue
-        if len(row) <= max(tag, category) or not row[category].strip():
-            raise UserError(f"{PLACE} = {path}, line {number}: has no category. Add it, or take the line out.")
-        said = row[category].strip()
-        found[row[tag]] = BOORU_NUMBERS.get(said, said)
+    for number, row in rows[first:]:
+        if len(row) <= max(tag, category):
+            raise UserError(f"{PLACE} = {path}, line {number}: lacks the tag or its category. Add it, or take it out.")
+        found[row[tag]] = _category(row[category], f"{path}, line {number}")
     return found
+
+
+def _category(said: object, place: str) -> str:
+    """Return a category as it is written, or what a booru's number for it means."""
+    name = str(said).strip() if isinstance(said, str | int) and not isinstance(said, bool) else ""
+    if not name:
+        raise UserError(f"{PLACE} = {place}: has no category. Add it, or take it out.")
+    return BOORU_NUMBERS.get(name, name)
 
 
 def _folded(tag: str) -> str:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from sdxl_training.data.buckets import Integers
 from sdxl_training.data.caption_weights import parse_weights
-from sdxl_training.data.pictures import IndexedSource, Pictures
+from sdxl_training.data.pictures import IndexedSource, Pictures, SourceRules
 
 ROWS_AT_ONCE = 2**16
 TEXTS = pa.large_list(pa.large_string())
@@ -40,7 +40,7 @@ def tag_column(pictures: Pictures, added: Sequence[Sequence[str]]) -> TagColumn:
     before = 0
     for source, rows, own in zip(pictures.sources, pictures.rows, added, strict=True):
         for first in range(0, len(rows), ROWS_AT_ONCE):
-            lists = _with_added(_lists_of(source, rows[first : first + ROWS_AT_ONCE]), own)
+            lists = _with_added(_lists_of(source, rows[first : first + ROWS_AT_ONCE]), _plain(own, source.rules))
             folded = pc.utf8_lower(pc.utf8_trim_whitespace(pc.list_flatten(lists)))
             kept = pc.greater(pc.binary_length(folded), 0)
             parts.append(folded.filter(kept).dictionary_encode())
@@ -73,10 +73,10 @@ def _lists_of(source: IndexedSource, rows: Integers) -> pa.LargeListArray:
     """Return the tags of these rows as they are written, blanks and empty ones included."""
     rules = source.rules
     beside = source.table["tags"].chunk(0).take(rows).cast(TEXTS)
+    if rules.weights or (rules.lines and rules.kind == "tags"):
+        return pa.array([_plain(source.tags(row), rules) for row in rows.tolist()], TEXTS)
     if rules.kind == "prose":
         return pc.fill_null(beside, pa.scalar([], TEXTS))
-    if rules.weights or rules.lines:
-        return pa.array([_plain(source, row) for row in rows.tolist()], TEXTS)
     captions = source.table["captions"].chunk(0).take(rows)
     lengths = pc.list_value_length(captions).fill_null(0).to_numpy()
     first = captions.values.take(pa.array(captions.offsets.to_numpy()[:-1], mask=lengths == 0))
@@ -84,13 +84,12 @@ def _lists_of(source: IndexedSource, rows: Integers) -> pa.LargeListArray:
     return pc.if_else(pc.is_valid(beside), beside, split)
 
 
-def _plain(source: IndexedSource, row: int) -> list[str]:
-    """Return the tags of a row without emphasis: what brackets hold together are several tags."""
-    tags = source.tags(row)
-    if not source.rules.weights:
+def _plain(tags: Sequence[str], rules: SourceRules) -> list[str]:
+    """Return tags without emphasis, where brackets are that: what they hold together are several tags."""
+    if not rules.weights:
         return list(tags)
     texts = ("".join(text for text, _ in parse_weights(tag)) for tag in tags)
-    return [part for text in texts for part in text.split(source.rules.separator)]
+    return [part for text in texts for part in text.split(rules.separator)]
 
 
 def _with_added(lists: pa.LargeListArray, added: Sequence[str]) -> pa.LargeListArray:
