@@ -96,9 +96,9 @@ def tags(
 def cache(
     config: ConfigFile,
     overrides: Overrides = None,
-    verify: Annotated[bool, typer.Option("--verify", help="Read every latent first and name those damaged.")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Read every entry first and name those damaged.")] = False,
 ) -> None:
-    """Encode every picture into the latent cache without training; several processes share the work."""
+    """Fill the cache without training: pictures, and captions where they are kept; several processes share the work."""
     loaded = load_config(config, overrides or ())
     _assemble().cache(loaded, verify=verify)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -155,6 +156,24 @@ def test_a_run_takes_what_cache_has_made(trainer: Trainer, tmp_path: Path) -> No
     filled, trainer.output = trainer.metrics(), tmp_path / "none"
     trainer.run(*settings, "--set", "data.cache.mode=none")
     assert [row["loss"] for row in filled] == [row["loss"] for row in trainer.metrics()]
+
+
+def texts_of(trainer: Trainer) -> Store:
+    return Store(trainer.output / "cache" / "texts")
+
+
+def test_cache_encodes_captions_too_where_their_states_are_kept(trainer: Trainer) -> None:
+    settings = (FIRST, "data.cache.text_variants=2")
+    processes = [start(trainer, "cache", settings=settings) for _ in range(2)]
+    encoded = [int(re.search(r"(\d+) captions encoded", ended(process).out)[1]) for process in processes]
+    texts = texts_of(trainer)
+    assert sum(encoded) == len(texts) == len(np.unique(texts.origins()[0], axis=0)) > USABLE
+    assert texts.verify() == ()
+    assert "0 captions encoded" in run(trainer, "cache", settings=settings).out
+    said = trainer.run("--set", settings[0], "--set", settings[1], "--set", "training.max_steps=2")
+    assert " 0 captions encoded" in " ".join(said.split())
+    verified = run(trainer, "cache", "--verify", settings=settings)
+    assert f"{len(texts)} text states are whole; none is damaged" in verified.out
 
 
 def test_two_processes_at_once_share_the_work(trainer: Trainer) -> None:

@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sdxl_training.model import load
-from sdxl_training.model.load import load_sdxl
+from sdxl_training.model.load import MINIATURE, load_sdxl, load_text_encoders
 from sdxl_training.model.sdxl import SDXL
+from sdxl_training.model.text import text_fingerprint
 from sdxl_training.records import UserError
 from tests.tiny_sdxl import tiny_pipeline
 
@@ -79,6 +80,23 @@ def test_sharded_weights_are_read(folder: Path) -> None:
     (folder / f"{UNET_WEIGHTS}.index.json").write_text(json.dumps(index))
     unet = load_sdxl(str(folder), seed=0, device="cpu").unet
     assert all(torch.equal(whole[name], tensor) for name, tensor in unet.state_dict().items())
+
+
+def test_text_encoders_alone_are_those_of_the_whole_model(folder: Path) -> None:
+    """The large U-Net is not even opened."""
+    state = torch.get_rng_state()
+    for source in (str(folder), MINIATURE):
+        whole = load_sdxl(source, seed=0, device="cpu")
+        if source != MINIATURE:
+            (folder / UNET_WEIGHTS).unlink()
+        alone = load_text_encoders(source, "cpu")
+        assert text_fingerprint(alone) == text_fingerprint(whole)
+        encoders = (alone.text_encoder, alone.text_encoder_2)
+        assert not any(one.training or any(p.requires_grad for p in one.parameters()) for one in encoders)
+    assert torch.equal(torch.get_rng_state(), state)
+    (folder / "text_encoder_2" / "model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(UserError, match="is damaged or incomplete"):
+        load_text_encoders(str(folder), "cpu")
 
 
 @pytest.fixture

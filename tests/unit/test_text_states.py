@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +25,7 @@ from sdxl_training.assemble.training import train
 from sdxl_training.config.load import load_config
 from sdxl_training.config.schema import Config
 from sdxl_training.data.captions import CaptionRules, draw_caption
+from sdxl_training.data.claims import Claims
 from sdxl_training.data.store_writer import StoreWriter
 from sdxl_training.data.text_states import (
     TextCache,
@@ -44,6 +43,7 @@ from sdxl_training.parallel.group import Group
 from sdxl_training.records import Draw, ImageRecord, UserError
 from sdxl_training.rng import Stream, numpy_generator
 from sdxl_training.tracking.progress import SilentProgress
+from tests.latents import Silent
 from tests.tiny_sdxl import LENGTH, POOLED, WIDTH_1, WIDTH_2, tiny_pipeline
 
 SHAPE = TextShape(chunk=3, width=4, pooled=2)
@@ -77,11 +77,12 @@ def open_cache(folder: Path, settings: str = "encoders", variants: int = 1) -> T
     return TextCache(folder, settings, SHAPE, variants)
 
 
-def fill(cache: TextCache, texts: Sequence[str], **more: Any) -> list[str]:
+def fill(cache: TextCache, texts: Sequence[str]) -> list[str]:
     """Fill the cache and return what had to be encoded."""
-    encoders = Encoders()
+    encoders, progress, claims = Encoders(), Silent(), Claims(cache.store.folder / "claims")
     with StoreWriter(cache.store.folder) as writer:
-        assert fill_texts(cache, texts, len(texts), encoders, writer, SilentProgress(), **more) == len(encoders.asked)
+        assert fill_texts(cache, texts, len(texts), encoders, writer, claims, progress) == len(encoders.asked)
+    assert progress.done == len(texts)
     return encoders.asked
 
 
@@ -148,24 +149,11 @@ def test_captions_of_a_batch_are_repeated_to_one_length(lengths: tuple[int, ...]
         assert all(torch.equal(part, own) for part in shown.split(len(own)))
 
 
-def test_processes_share_the_captions_and_wait_for_each_other(tmp_path: Path) -> None:
-    texts = [f"caption {n % 90}" for n in range(100)]
-    asked: dict[int, list[str]] = {}
-    caches = [open_cache(tmp_path) for _ in range(3)]
-    late = threading.Event()
-
-    def run(rank: int) -> None:
-        if rank == 2:
-            late.wait(20)
-        asked[rank] = fill(caches[rank], texts, rank=rank, processes=3, wait=late.set)
-        assert all(caches[rank].has(text) for text in texts)
-
-    # Rank 2 begins only when somebody waits.
-    with ThreadPoolExecutor(3) as threads:
-        list(threads.map(run, range(3)))
-    assert late.is_set()
-    assert sorted(text for share in asked.values() for text in share) == sorted(set(texts))
-    assert all(15 < len(share) < 45 for share in asked.values())
+def test_captions_whose_claims_have_one_number_are_both_encoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(TextCache, "claim", lambda *_: 7)
+    assert sorted(fill(open_cache(tmp_path), ["a", "b", "c"])) == ["a", "b", "c"]
 
 
 def test_the_projection_is_what_the_longest_captions_take(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Filling the latent cache without training, and checking what is in it."""
+"""Filling the cache without training, and checking what is in it."""
 
 from __future__ import annotations
 
@@ -8,27 +8,32 @@ from functools import partial
 
 from rich.console import Console
 
+from sdxl_training.assemble.captions import build_tokenizer, check_captions
 from sdxl_training.assemble.dataset import (
+    Dataset,
     fill_cache,
     latent_folder,
     name_quarantined,
     prepare_dataset,
     refuse_too_many_bad,
 )
-from sdxl_training.assemble.session import ENCODE_BATCH, open_writer
+from sdxl_training.assemble.session import ENCODE_BATCH, open_store_writer, open_writer
+from sdxl_training.assemble.texts import fill_text_cache, text_folder
 from sdxl_training.config.load import LoadedConfig
 from sdxl_training.config.schema import Config
 from sdxl_training.data.encoding import Encoder
 from sdxl_training.data.store import Store
 from sdxl_training.model.latents import encode_latents, encode_latents_exactly, set_up_vae, vae_fingerprint
-from sdxl_training.model.load import load_vae
+from sdxl_training.model.load import load_text_encoders, load_vae
 from sdxl_training.parallel.group import Group, own_device
 from sdxl_training.records import UserError
 from sdxl_training.tracking.progress import ConsoleProgress, Progress, SilentProgress, open_log
 
 
 def cache(loaded: LoadedConfig, verify: bool) -> None:
-    """Encode every picture of the configuration that the cache lacks; with `verify` read every entry first.
+    """Encode every picture of the configuration that the cache lacks, and where text states are kept every caption.
+
+    verify: read every entry first.
 
     Under torchrun, or started several times, on one machine or several that share the folder, the processes share the
     work through files alone: none waits for another, and whatever one that dies has left is done by the others. Raises
@@ -47,7 +52,7 @@ def cache(loaded: LoadedConfig, verify: bool) -> None:
         open_log(None, console)
     progress: Progress = ConsoleProgress(console) if group.is_main else SilentProgress()
     if verify and group.is_main:
-        verify_cache(loaded, progress)
+        verify_cache(config, progress)
     vae = set_up_vae(load_vae(config.model.source, group.device), config.model.vae_precision, config.model.vae_tiling)
     dataset = prepare_dataset(config, group, progress, vae_fingerprint(vae))
     writer = open_writer(config, dataset, group, progress)
@@ -60,16 +65,32 @@ def cache(loaded: LoadedConfig, verify: bool) -> None:
     quarantined = [*dataset.found.quarantined(), *encoder.take_bad()]
     name_quarantined(quarantined, progress)
     refuse_too_many_bad(config, quarantined, dataset.found.pictures.found)
+    if config.data.cache.text_variants:
+        cache_texts(config, dataset, group, progress)
 
 
-def verify_cache(loaded: LoadedConfig, progress: Progress) -> None:
-    """Read every entry of the latent cache and name those that are damaged; they are made again when needed."""
-    store = Store(latent_folder(loaded.config))
-    with progress.track("reading every latent", len(store)) as advance:
-        damaged = store.verify(advance)
-    for damage in damaged:
-        progress.message(str(damage))
-    progress.message(f"{len(store)} latents are whole" + ("" if damaged else "; none is damaged"))
+def cache_texts(config: Config, dataset: Dataset, group: Group, progress: Progress) -> None:
+    """Encode the captions of all pictures that the cache lacks; of the model only the text encoders are read."""
+    text, records = load_text_encoders(config.model.source, group.device), dataset.plan.records
+    tokenizer = build_tokenizer(config, text)
+    if group.is_main:
+        check_captions(config, tokenizer, records, progress)
+    with open_store_writer(text_folder(config), group, progress) as writer:
+        fill_text_cache(config, records, text, tokenizer, writer, group, progress)
+
+
+def verify_cache(config: Config, progress: Progress) -> None:
+    """Read every entry of the cache and name those that are damaged; they are made again when needed."""
+    folders = {"latents": latent_folder(config)}
+    if config.data.cache.text_variants:
+        folders["text states"] = text_folder(config)
+    for what, folder in folders.items():
+        store = Store(folder)
+        with progress.track(f"reading all {what}", len(store)) as advance:
+            damaged = store.verify(advance)
+        for damage in damaged:
+            progress.message(str(damage))
+        progress.message(f"{len(store)} {what} are whole" + ("" if damaged else "; none is damaged"))
 
 
 def filled_first(config: Config) -> Config:

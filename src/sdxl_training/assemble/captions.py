@@ -8,7 +8,7 @@ from sdxl_training.config.objective import ConditionalTransportCoupling
 from sdxl_training.config.schema import Config
 from sdxl_training.data.caption_weights import parse_weights
 from sdxl_training.data.captions import CaptionRules, whole_captions
-from sdxl_training.model.sdxl import SDXL
+from sdxl_training.model.sdxl import TextParts
 from sdxl_training.model.text import CaptionTokenizer, caption_tokenizer, plain_text
 from sdxl_training.records import ImageRecord, UserError
 from sdxl_training.tracking.progress import Progress
@@ -40,7 +40,7 @@ def caption_rules(config: Config) -> tuple[CaptionRules, ...]:
     )
 
 
-def build_tokenizer(config: Config, sdxl: SDXL) -> CaptionTokenizer:
+def build_tokenizer(config: Config, sdxl: TextParts) -> CaptionTokenizer:
     """Return what reads captions and prompts, in training and in previews alike."""
     captions = config.data.captions
     read = parse_weights if captions.weights else plain_text

@@ -153,10 +153,11 @@ class Session:
     def _fill_texts(self) -> None:
         """Encode the captions; from then on batches bring their text states, and the GPU is rid of the encoders."""
         records = self.dataset.plan.records
-        with _store_writer(text_folder(self.config), self.group, self.progress) as writer:
+        with open_store_writer(text_folder(self.config), self.group, self.progress) as writer:
             texts = fill_text_cache(self.config, records, self.sdxl, self.tokenizer, writer, self.group, self.progress)
         self.micro_batches = replace(self.micro_batches, texts=texts)
         park_encoders(self.sdxl)
+        self.progress.message("the text encoders left the GPU: captions come from the cache")
 
     def close(self) -> None:
         """Seal what was written into the cache."""
@@ -222,10 +223,10 @@ def open_writer(config: Config, dataset: Dataset, group: Group, progress: Progre
     """Return what writes latents into the cache on this rank, if there is one."""
     if dataset.cache is None:
         return None
-    return _store_writer(latent_folder(config), group, progress, config.data.cache.compression)
+    return open_store_writer(latent_folder(config), group, progress, config.data.cache.compression)
 
 
-def _store_writer(folder: Path, group: Group, progress: Progress, compression: Compression = "none") -> StoreWriter:
+def open_store_writer(folder: Path, group: Group, progress: Progress, compression: Compression = "none") -> StoreWriter:
     """Return what writes into a folder of the cache on this rank, and says when the disk is full."""
 
     def say_full(full: Path, error: OSError) -> None:

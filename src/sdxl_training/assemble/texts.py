@@ -13,13 +13,16 @@ import torch
 
 from sdxl_training.assemble.captions import caption_rules
 from sdxl_training.config.schema import Config, cache_folder
+from sdxl_training.data.claims import Claims
 from sdxl_training.data.store_writer import StoreWriter
 from sdxl_training.data.text_states import States, TextCache, TextShape, captions_to_keep, fill_texts
-from sdxl_training.model.sdxl import SDXL
+from sdxl_training.model.sdxl import SDXL, TextParts
 from sdxl_training.model.text import CaptionTokenizer, encode_text, text_fingerprint
 from sdxl_training.parallel.group import Group
 from sdxl_training.records import ImageRecord
 from sdxl_training.tracking.progress import Progress
+
+CLAIMS = "claims"
 
 
 def text_folder(config: Config) -> Path:
@@ -27,7 +30,7 @@ def text_folder(config: Config) -> Path:
     return Path(cache_folder(config)) / "texts"
 
 
-def open_texts(config: Config, sdxl: SDXL) -> TextCache:
+def open_texts(config: Config, sdxl: TextParts) -> TextCache:
     """Return the text states that these encoders make of captions as they are read in this configuration."""
     captions = config.data.captions
     reading = f"{captions.max_tokens} {captions.weights} {captions.separator!r}"
@@ -35,7 +38,7 @@ def open_texts(config: Config, sdxl: SDXL) -> TextCache:
     return TextCache(text_folder(config), settings, text_shape(sdxl), config.data.cache.text_variants)
 
 
-def text_shape(sdxl: SDXL) -> TextShape:
+def text_shape(sdxl: TextParts) -> TextShape:
     """Return how large these encoders' states are."""
     first, second = sdxl.text_encoder.config, sdxl.text_encoder_2.config
     chunk = sdxl.tokenizer.model_max_length
@@ -45,30 +48,31 @@ def text_shape(sdxl: SDXL) -> TextShape:
 def fill_text_cache(
     config: Config,
     records: Sequence[ImageRecord],
-    sdxl: SDXL,
+    sdxl: TextParts,
     tokenizer: CaptionTokenizer,
     writer: StoreWriter,
     group: Group,
     progress: Progress,
 ) -> TextCache:
-    """Encode the captions that the cache lacks, together with the other ranks, and return it once it has all."""
+    """Encode the captions that the cache lacks, together with every other process that does; return it full."""
     cache, variants = open_texts(config, sdxl), config.data.cache.text_variants
+    begin = len(records) * group.rank // group.world_size  # processes that begin apart rarely meet
+    in_own_order = (records[(begin + number) % len(records)] for number in range(len(records)))
     encoded = fill_texts(
         cache,
-        captions_to_keep(records, caption_rules(config), config.global_config.seed, variants),
+        captions_to_keep(in_own_order, caption_rules(config), config.global_config.seed, variants),
         1 + len(records) * variants,
         partial(encode_captions, sdxl, tokenizer),
         writer,
+        Claims(text_folder(config) / CLAIMS),
         progress,
-        group.rank,
-        group.world_size,
     )
     here = " by this process" if group.world_size > 1 else ""
-    progress.message(f"{encoded} captions encoded{here}; {len(cache.store)} are kept. The text encoders leave the GPU")
+    progress.message(f"{encoded} captions encoded{here}; {len(cache.store)} are kept")
     return cache
 
 
-def encode_captions(sdxl: SDXL, tokenizer: CaptionTokenizer, captions: Sequence[str]) -> list[States]:
+def encode_captions(sdxl: TextParts, tokenizer: CaptionTokenizer, captions: Sequence[str]) -> list[States]:
     """Return text_LD of each caption's own chunks, and pooled_P; fp32, on the encoders' device."""
     ids_1_BL, ids_2_BL, weights_EBL = tokenizer.with_weights(captions)
     text_BLD, pooled_BP = encode_text(sdxl, ids_1_BL, ids_2_BL, weights_EBL)

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from sdxl_training.data.captions import CaptionRules, draw_caption
+from sdxl_training.data.claims import Claims
 from sdxl_training.data.filling import WAIT_SECONDS, Progress
 from sdxl_training.data.store import DamagedEntry, Store
 from sdxl_training.data.store_format import ORIGIN, Keys, as_keys
@@ -120,6 +121,17 @@ class TextCache:
             return None
         return entry[: -self.shape.pooled].view(-1, self.shape.width), entry[-self.shape.pooled :]
 
+    def missing(self, texts: Iterable[str]) -> list[str]:
+        """Return those of these captions that nobody has stored by now, each once."""
+        self.refresh()
+        once = list(dict.fromkeys(texts))
+        there = self.there(as_keys(map(self.key, once)))
+        return [text for text, is_there in zip(once, there, strict=True) if not is_there]
+
+    def claim(self, text: str) -> int:
+        """Return the number by which a caption is claimed; of two captions that have the same one waits."""
+        return int.from_bytes(self.key(text)[:4], "little") >> 1
+
     def append(self, writer: StoreWriter, texts: Sequence[str], states: Sequence[States]) -> None:
         """Store captions; raises UserError, naming the caption, where 16 bits cannot hold what it is encoded to."""
         entries = [self._entry(text, *each) for text, each in zip(texts, states, strict=True)]
@@ -200,45 +212,48 @@ def fill_texts(
     most: int,
     encode: EncodeCaptions,
     writer: StoreWriter,
+    claims: Claims,
     progress: Progress,
-    rank: int = 0,
-    processes: int = 1,
     wait: Callable[[], None] = lambda: time.sleep(WAIT_SECONDS),
 ) -> int:
     """Encode the captions that the cache lacks until it has all; return how many this process encoded.
 
-    texts: read once, in passing; `most` of them at most. Each process encodes those whose key falls to its rank, and
-    waits for the others' through the folder alone. Raises UserError for states that are not finite in 16 bit and where
-    the cache cannot be written.
+    texts: read once, in passing; `most` of them at most. Any number of processes may do this at once, each with the
+    captions in an order of its own: who encodes a caption claims it first, and takes over those of a process that died.
+    wait: called while all that is left is in other hands. Raises UserError for states that are not finite in 16 bit and
+    where the cache cannot be written.
     """
-    encoded, elsewhere = 0, [as_keys([])]
-    stream = iter(texts)
-    with progress.track("encoding captions", most) as advance:
-        while some := list(islice(stream, LOOKED_UP)):
-            keys_N2 = as_keys(map(cache.key, some))
-            missing_N = ~cache.there(keys_N2)
-            mine_N = keys_N2[:, 0] % np.uint64(processes) == rank
-            elsewhere.append(np.unique(keys_N2[missing_N & ~mine_N], axis=0))
-            todo = list(dict.fromkeys(some[n] for n in np.flatnonzero(missing_N & mine_N)))
-            for first in range(0, len(todo), ENCODED):
-                batch = todo[first : first + ENCODED]
-                cache.append(writer, batch, encode(batch))
-            encoded += len(todo)
-            if todo:
-                cache.refresh()
-            advance(len(some))
-    _wait_for(cache, np.concatenate(elsewhere), wait)
+    encoded, stream, said = 0, iter(texts), False
+    elsewhere: list[str] = []
+    with claims, progress.track("encoding captions", most) as advance:
+        while some := [*elsewhere, *islice(stream, LOOKED_UP)]:
+            is_old = len(some) == len(elsewhere)
+            count, elsewhere = _encode_free(cache, some, encode, writer, claims)
+            encoded += count
+            advance(len(some) - len(elsewhere))
+            if elsewhere and is_old and not count:
+                if not said:
+                    log.info("%d captions are in the hands of other processes: waiting for them", len(elsewhere))
+                    said = True
+                wait()
+    cache.refresh()
     return encoded
 
 
-def _wait_for(cache: TextCache, keys_N2: Keys, wait: Callable[[], None]) -> None:
-    """Wait until all these keys are there."""
-    cache.refresh()
-    keys_N2, said = keys_N2[~cache.there(keys_N2)], False
-    while len(keys_N2):
-        if not said:
-            log.info("%d captions are in the hands of other processes: waiting for them", len(keys_N2))
-            said = True
-        wait()
-        cache.refresh()
-        keys_N2 = keys_N2[~cache.there(keys_N2)]
+def _encode_free(
+    cache: TextCache, texts: Sequence[str], encode: EncodeCaptions, writer: StoreWriter, claims: Claims
+) -> tuple[int, list[str]]:
+    """Encode those of these captions that are neither stored nor in other hands; return how many, and the latter."""
+    missing, encoded = cache.missing(texts), 0
+    elsewhere: list[str] = []
+    for first in range(0, len(missing), ENCODED):
+        some = missing[first : first + ENCODED]
+        taken = [text for text in some if claims.take(cache.claim(text))]
+        elsewhere += [text for text in some if text not in taken]
+        mine = cache.missing(taken)  # whoever had one until a moment ago has stored it
+        if mine:
+            cache.append(writer, mine, encode(mine))
+        encoded += len(mine)
+        for text in taken:
+            claims.give_back(cache.claim(text))
+    return encoded, elsewhere

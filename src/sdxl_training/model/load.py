@@ -23,7 +23,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from transformers.utils.logging import disable_progress_bar
 
 from sdxl_training.model.architecture import architecture_problems, tokenizer_problems
-from sdxl_training.model.sdxl import SDXL
+from sdxl_training.model.sdxl import SDXL, TextEncoders, TextParts
 from sdxl_training.records import UserError
 from sdxl_training.rng import Stream, derive_seed, torch_generator
 
@@ -85,19 +85,45 @@ def load_vae(source: str, device: torch.device | str) -> AutoencoderKL:
     return _read_vae(folder).to(device).requires_grad_(False).eval()
 
 
+def load_text_encoders(source: str, device: torch.device | str) -> TextEncoders:
+    """Return the frozen text encoders of the model that `source` names, in fp32 on `device`; nothing else is read.
+
+    Raises UserError as `load_sdxl` does.
+    """
+    disable_progress_bar()
+    folder = MINIATURE_FOLDER if source == MINIATURE else _find_folder(source)
+    if source != MINIATURE:
+        _check_parts(folder)
+    _check_configs(folder)
+    text = _draw_text_encoders(folder) if source == MINIATURE else _read_text_encoders(folder)
+    _check_tokenizers(text, folder)
+    for encoder in (text.text_encoder, text.text_encoder_2):
+        encoder.to(device).requires_grad_(False).eval()
+    return text
+
+
 def _read_miniature(seed: int) -> SDXL:
     folder = MINIATURE_FOLDER
     _check_configs(folder)
     with torch.random.fork_rng(devices=[]):  # building a module draws weights, even those replaced at once
-        text_encoder = CLIPTextModel(CLIPTextConfig.from_pretrained(folder / "text_encoder"))
-        text_encoder_2 = CLIPTextModelWithProjection(CLIPTextConfig.from_pretrained(folder / "text_encoder_2"))
-        _draw_weights(text_encoder, number=1)
-        _draw_weights(text_encoder_2, number=2)
         torch.manual_seed(derive_seed(seed, Stream.INITIAL_WEIGHTS))
         unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder / "unet"))
-    sdxl = SDXL(unet, _read_vae(folder), text_encoder, text_encoder_2, *_read_tokenizers(folder), MINIATURE)
+    sdxl = _put_together(unet, _read_vae(folder), _draw_text_encoders(folder), MINIATURE)
     _check_tokenizers(sdxl, folder)
     return sdxl
+
+
+def _draw_text_encoders(folder: Path) -> TextEncoders:
+    with torch.random.fork_rng(devices=[]):
+        text_encoder = CLIPTextModel(CLIPTextConfig.from_pretrained(folder / "text_encoder"))
+        text_encoder_2 = CLIPTextModelWithProjection(CLIPTextConfig.from_pretrained(folder / "text_encoder_2"))
+    _draw_weights(text_encoder, number=1)
+    _draw_weights(text_encoder_2, number=2)
+    return TextEncoders(text_encoder, text_encoder_2, *_read_tokenizers(folder))
+
+
+def _put_together(unet: UNet2DConditionModel, vae: AutoencoderKL, text: TextEncoders, source: str) -> SDXL:
+    return SDXL(unet, vae, text.text_encoder, text.text_encoder_2, text.tokenizer, text.tokenizer_2, source)
 
 
 @torch.no_grad()
@@ -118,13 +144,16 @@ def _draw_weights(encoder: nn.Module, number: int) -> None:
 
 
 def _read_folder(folder: Path, source: str) -> SDXL:
-    return SDXL(
-        _read_unet(folder),
-        _read_vae(folder),
+    return _put_together(_read_unet(folder), _read_vae(folder), _read_text_encoders(folder), source)
+
+
+def _read_text_encoders(folder: Path) -> TextEncoders:
+    for part in ("text_encoder", "text_encoder_2"):
+        _check_weight_files(folder / part)
+    return TextEncoders(
         _read_text_encoder(CLIPTextModel, folder / "text_encoder"),
         _read_text_encoder(CLIPTextModelWithProjection, folder / "text_encoder_2"),
         *_read_tokenizers(folder),
-        source,
     )
 
 
@@ -288,10 +317,10 @@ def _read_tokenizers(folder: Path) -> tuple[CLIPTokenizer, CLIPTokenizer]:
     return pair[0], pair[1]
 
 
-def _check_tokenizers(sdxl: SDXL, folder: Path) -> None:
+def _check_tokenizers(text: TextParts, folder: Path) -> None:
     problems = [
-        *tokenizer_problems(sdxl.tokenizer, sdxl.text_encoder.config, "tokenizer"),
-        *tokenizer_problems(sdxl.tokenizer_2, sdxl.text_encoder_2.config, "tokenizer_2"),
+        *tokenizer_problems(text.tokenizer, text.text_encoder.config, "tokenizer"),
+        *tokenizer_problems(text.tokenizer_2, text.text_encoder_2.config, "tokenizer_2"),
     ]
     _refuse(folder, problems)
 

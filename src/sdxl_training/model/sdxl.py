@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -18,6 +18,36 @@ from sdxl_training.records import Conditioning
 
 # Path segments that torch puts into parameter names when a module is compiled, replicated, sharded or checkpointed.
 WRAPPER_SEGMENTS = frozenset({"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+
+
+class TextParts(Protocol):
+    """What makes text states of captions: both encoders and their tokenizers. An SDXL has them, among others."""
+
+    @property
+    def text_encoder(self) -> CLIPTextModel:
+        """The first encoder."""
+
+    @property
+    def text_encoder_2(self) -> CLIPTextModelWithProjection:
+        """The second encoder, which also makes the pooled text."""
+
+    @property
+    def tokenizer(self) -> CLIPTokenizer:
+        """The first encoder's tokenizer."""
+
+    @property
+    def tokenizer_2(self) -> CLIPTokenizer:
+        """The second encoder's tokenizer."""
+
+
+@dataclass(frozen=True, slots=True)
+class TextEncoders:
+    """The text encoders of an SDXL model and their tokenizers, without the rest of it; frozen."""
+
+    text_encoder: CLIPTextModel
+    text_encoder_2: CLIPTextModelWithProjection
+    tokenizer: CLIPTokenizer
+    tokenizer_2: CLIPTokenizer
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from transformers import CLIPTokenizer
 
-from sdxl_training.model.sdxl import SDXL
+from sdxl_training.model.sdxl import TextParts
 
 ReadWeights = Callable[[str], Sequence[tuple[str, float]]]
 """caption -> its text in pieces of one weight each."""
@@ -139,7 +139,7 @@ class CaptionTokenizer:
 
 
 def caption_tokenizer(
-    sdxl: SDXL, chunks: int = 1, separator: str = ",", read: ReadWeights = plain_text
+    sdxl: TextParts, chunks: int = 1, separator: str = ",", read: ReadWeights = plain_text
 ) -> CaptionTokenizer:
     """Return the tokenizers of `sdxl` as one picklable function."""
     return CaptionTokenizer(sdxl.tokenizer, sdxl.tokenizer_2, chunks, separator, read)
@@ -147,7 +147,7 @@ def caption_tokenizer(
 
 @torch.no_grad()
 def encode_text(
-    sdxl: SDXL, ids_1_BL: Tensor, ids_2_BL: Tensor, weights_EBL: Tensor | None = None
+    sdxl: TextParts, ids_1_BL: Tensor, ids_2_BL: Tensor, weights_EBL: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Return (text_BLD, pooled_BP) in fp32 on the encoders' device.
 
@@ -168,7 +168,7 @@ def encode_text(
     return text_BLD, output.text_embeds[: batch * chunks : chunks].float()
 
 
-def text_fingerprint(sdxl: SDXL) -> str:
+def text_fingerprint(sdxl: TextParts) -> str:
     """Return a BLAKE2b digest (32 hex digits) of both text encoders and tokenizers: equal only if text states are."""
     digest = hashlib.blake2b(digest_size=16)
     for encoder in (sdxl.text_encoder, sdxl.text_encoder_2):
