@@ -58,7 +58,6 @@ class Known:
         self.digests = np.zeros((count, 2), np.uint64)
         self.is_known = np.zeros(count, bool)
         self.reasons: dict[int, str] = {}
-        self.lasting: dict[int, bool] = {}
 
     def known(self, picture: int) -> bytes | None:
         return self.digests[picture].tobytes() if self.is_known[picture] else None
@@ -70,9 +69,8 @@ class Known:
     def failure(self, picture: int) -> str | None:
         return self.reasons.get(picture)
 
-    def fail(self, picture: int, reason: str, lasting: bool = True) -> None:
+    def fail(self, picture: int, reason: str) -> None:
         self.reasons[picture] = reason
-        self.lasting[picture] = lasting
 
     def columns(self):
         failed = np.zeros(len(self.is_known), bool)
@@ -95,10 +93,9 @@ class SharedKnown(Known):
         os.write(self.file, json.dumps([picture, content.hex(), ""]).encode() + b"\n")
         super().learn(picture, content)
 
-    def fail(self, picture: int, reason: str, lasting: bool = True) -> None:
-        if lasting:
-            os.write(self.file, json.dumps([picture, "", reason]).encode() + b"\n")
-        super().fail(picture, reason, lasting)
+    def fail(self, picture: int, reason: str) -> None:
+        os.write(self.file, json.dumps([picture, "", reason]).encode() + b"\n")
+        super().fail(picture, reason)
 
     def refresh(self) -> bool:
         with self.path.open("rb") as file:

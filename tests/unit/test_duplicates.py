@@ -65,7 +65,6 @@ class Memory:
     def __init__(self, pictures):
         self.digests = [None] * pictures
         self.failures = {}
-        self.lasting = {}
         self.unseen = []  # what others have written into their files since
 
     def known(self, picture):
@@ -78,9 +77,8 @@ class Memory:
     def failure(self, picture):
         return self.failures.get(picture)
 
-    def fail(self, picture, reason, lasting=True):
+    def fail(self, picture, reason):
         self.failures[picture] = reason
-        self.lasting[picture] = lasting
 
     def columns(self):
         digests = np.frombuffer(b"".join(each or bytes(16) for each in self.digests), "<u8").reshape(-1, 2)
@@ -358,4 +356,5 @@ def test_a_file_that_vanished_is_no_duplicate(two_sources, tmp_path):
     memory = Memory(7)
     groups = same_pictures(two_sources, memory, Bar())
     assert groups.leader_P.tolist() == [0, 1, 2, 3, 1, 5, 5]
-    assert memory.lasting == {0: False}  # the next start tries it again
+    assert list(memory.failures) == [0]
+    assert "No such file" in memory.failures[0]

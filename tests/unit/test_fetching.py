@@ -138,22 +138,20 @@ def test_a_file_of_another_size_than_planned_is_unusable(folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("harm", "reason", "lasting"),
+    ("harm", "reason", "was_read"),
     [
         (lambda file: file.unlink(), "the file cannot be read: No such file", False),
         (lambda file: file.write_bytes(file.read_bytes()[:-200]), "damaged", True),
         (lambda file: file.write_bytes(b"no picture"), "picture", True),
     ],
 )
-def test_what_cannot_be_used_is_named_and_not_tried_again(folder, tmp_path, harm, reason, lasting):
-    """Where no bytes could be had, the fault may pass: it is not remembered for good."""
+def test_what_cannot_be_used_is_named_and_not_tried_again(folder, tmp_path, harm, reason, was_read):
     rig = Rig(folder, tmp_path)
     harm(folder.file(2))
     with pytest.raises(UnreadablePicture, match=reason) as first:
         rig.visit(2)
     assert rig.known.failure(2) == first.value.reason
-    assert rig.known.lasting == {2: lasting}
-    assert (rig.known.known(2) is not None) == lasting
+    assert (rig.known.known(2) is not None) == was_read
     folder.opened.clear()
     with pytest.raises(UnreadablePicture) as second:
         rig.visit(2)

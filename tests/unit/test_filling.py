@@ -213,7 +213,6 @@ def test_what_cannot_be_used_is_quarantined_by_name(folder, tmp_path):
     assert rig.known.reasons[4] == "it is no longer 16x16 as when it was indexed; start again"
     assert rig.known.reasons[6].startswith("the file cannot be read")
     assert [rig.known.known(number) is not None for number in (1, 4, 6)] == [True, True, False]
-    assert rig.known.lasting == {1: True, 4: True, 6: False}
     assert report == FillReport(0, {"new": 7}, 0)
     assert (rig.progress.done, rig.progress.total) == (10, 10)
     folder.opened.clear()

@@ -359,7 +359,7 @@ def test_near_duplicates_are_found_and_decoded_once_in_their_life(tmp_path):
     assert groups.leader_P.tolist() == ALIKE
     assert groups.kept_mask().tolist() == [True, True, False, True, False, False]
     assert listed(groups, shelf) == [["0.png", "2.png", "4.png"], ["1.png", "5.png"]]
-    assert memory.lasting == {3: True}
+    assert list(memory.failures) == [3]
     assert [memory.known(number) for number in range(6)] == [digest_content(data) for data in shelf.files]
     assert "6 pictures are decoded" in bar.said[0]
     assert bar.done == {"comparing pictures": (6, 6)}
@@ -394,7 +394,7 @@ def test_what_cannot_be_read_or_decoded_is_like_none(tmp_path):
     files = Shelf([damaged, *shelf.files, None])
     memory.learn(0, digest_content(damaged))  # its bytes have been read, but nobody has decoded them
     assert find(files, memory, tmp_path)[0].leader_P.tolist() == [0, 1, 2, 1, 4, 1, 2, 7]
-    assert memory.lasting == {0: True, 4: True, 7: False}
+    assert set(memory.failures) == {0, 4, 7}
     assert memory.known(7) is None
     files.reads.clear()
     assert find(files, memory, tmp_path)[0].leader_P.tolist() == [0, 1, 2, 1, 4, 1, 2, 7]

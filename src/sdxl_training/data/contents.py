@@ -1,4 +1,4 @@
-"""What becomes known of pictures when they are first decoded: the hash of their content, or that they are damaged.
+"""What becomes known of pictures when they are first decoded: the hash of their content, or that they cannot be used.
 
 Both are appended to files beside the index, by any number of processes at once: one write a batch, in append mode. They
 are never rewritten. A record holds only while the picture's file has the size and time it had.
@@ -57,7 +57,7 @@ class Contents:
         self._hashes_N16 = hashes_of(table)  # zeros: not known
         self._offset = folded_in(table)
         self.failures: dict[int, str] = {}
-        """Why pictures could not be decoded or encoded, by row."""
+        """Why pictures could not be read, decoded or encoded, by row."""
         self._failures_read = 0
         self._read_failures()
 
@@ -82,10 +82,9 @@ class Contents:
         _append(self._paths.hashes, records.tobytes())
 
     def fail(self, rows: Sequence[int], reasons: Sequence[str]) -> None:
-        """Keep why pictures cannot be decoded or encoded, for this process and all others.
+        """Keep why pictures cannot be read, decoded or encoded, for this process and all others.
 
-        Not for files that could not be read: that says nothing of their content. Waits while the disk is
-        full.
+        Waits while the disk is full.
         """
         self.failures |= dict(zip(rows, reasons, strict=True))
         lines = [

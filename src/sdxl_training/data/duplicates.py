@@ -52,7 +52,7 @@ class Readable(Protocol):
         """Return a column of numbers of all pictures."""
 
     def read(self, number: int) -> bytes:
-        """Return the bytes of a picture; raises UnreadablePicture."""
+        """Return the bytes of a picture; raises UnreadablePicture, or UserError where none can be read."""
 
 
 class Processes(Protocol):
@@ -142,7 +142,7 @@ def same_pictures(
     numbers, digests = [], []
     for number, digest in zip(own.tolist(), _digests(own, pictures, progress, threads), strict=True):
         if isinstance(digest, UnreadablePicture):
-            contents.fail(number, digest.reason, lasting=False)
+            contents.fail(number, digest.reason)
         else:
             contents.learn(number, digest)
             numbers.append(number)

@@ -53,13 +53,10 @@ class Contents(Protocol):
         """Remember the digest, in place of another one."""
 
     def failure(self, picture: int) -> str | None:
-        """Return why the picture cannot be decoded or encoded, if somebody has tried."""
+        """Return why the picture cannot be read, decoded or encoded, if somebody has tried."""
 
-    def fail(self, picture: int, reason: str, lasting: bool = True) -> None:
-        """Remember that the picture cannot be decoded or encoded.
-
-        lasting: False where its bytes cannot be had, which says nothing of them: for this process only.
-        """
+    def fail(self, picture: int, reason: str) -> None:
+        """Remember that the picture cannot be read, decoded or encoded."""
 
     def columns(self) -> tuple[NDArray[np.uint64], NDArray[np.bool_], NDArray[np.bool_]]:
         """Return digests (P, 2), which of them are known, and which pictures failed."""
@@ -72,7 +69,10 @@ class Reader(Protocol):
     """Where the pictures' bytes are."""
 
     def read(self, number: int) -> bytes:
-        """Return the bytes of a picture; raises UnreadablePicture. Used by several threads."""
+        """Return the bytes of a picture. Used by several threads.
+
+        Raises UnreadablePicture where it is this one that cannot be had, UserError where it is all of them.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +118,7 @@ class Fetch:
         try:
             data = self.pictures.read(record.picture)
         except UnreadablePicture as error:
-            self.contents.fail(record.picture, error.reason, lasting=False)
+            self.contents.fail(record.picture, error.reason)
             raise
         content = digest_content(data)
         if content != self.contents.known(record.picture):

@@ -110,9 +110,9 @@ class Fill:
     def run(self, progress: Progress) -> FillReport:
         """Encode until the cache holds everything that can be encoded, by this process or others.
 
-        A picture that cannot be decoded is quarantined by name and not tried again. One that has no finite latent is
-        not stored, which belongs to the VAE and not to the picture; each process finds that out by itself. Raises
-        UserError where the cache cannot be written.
+        A picture that cannot be read or decoded is quarantined by name and not tried again. One that has no finite
+        latent is not stored, which belongs to the VAE and not to the picture; each process finds that out by itself.
+        Raises UserError where the cache cannot be written, or no picture can be read.
         """
         pieces = self._pieces()
         state = self._look(pieces, range(len(pieces)))
@@ -261,7 +261,7 @@ class Fill:
             if reason == NOT_FINITE:
                 self._without_latent.add(picture)
             elif reason:
-                self.contents.fail(picture, reason, lasting=bool(each.content))
+                self.contents.fail(picture, reason)
 
 
 def _with_pixels(opened: Opened, job: Job, prepared: Prepared) -> Opened:

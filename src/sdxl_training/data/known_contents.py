@@ -44,23 +44,19 @@ class KnownContents:
         contents.learn(rows, np.frombuffer(content, np.uint8)[None])
 
     def failure(self, picture: int) -> str | None:
-        """Return why the picture cannot be decoded or encoded, if somebody has tried."""
+        """Return why the picture cannot be read, decoded or encoded, if somebody has tried."""
         contents, rows = self._place(picture)
         return contents.failures.get(int(rows[0]))
 
-    def fail(self, picture: int, reason: str, lasting: bool = True) -> None:
-        """Remember that the picture cannot be decoded or encoded; what is not lasting, for this process only."""
+    def fail(self, picture: int, reason: str) -> None:
+        """Remember that the picture cannot be read, decoded or encoded."""
         contents, rows = self._place(picture)
         row = int(rows[0])
-        if row in contents.failures:
-            return
-        if lasting:
+        if row not in contents.failures:
             contents.fail([row], [reason])
-        else:
-            contents.failures[row] = reason
 
     def failures(self) -> list[Quarantined]:
-        """Return the pictures that take part and cannot be decoded or encoded, by source and name."""
+        """Return the pictures that take part and cannot be read, decoded or encoded, by source and name."""
         found = []
         for contents, source, rows in zip(self._of, self._pictures.sources, self._pictures.rows, strict=True):
             failed = contents.failures

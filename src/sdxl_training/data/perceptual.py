@@ -331,7 +331,7 @@ def _signed(
                     numbers.append(number)
                     found.append(entry)
                 if reason:
-                    contents.fail(number, reason, lasting=entry is not None)
+                    contents.fail(number, reason)
                 advance(len(part) * (done + 1) // len(own) - len(part) * done // len(own))  # the others are as far
             everything = processes.gather([(np.array(numbers, np.int64), np.array(found, ENTRY).reshape(-1))])
             yield np.concatenate([each[0] for each in everything]), np.concatenate([each[1] for each in everything])

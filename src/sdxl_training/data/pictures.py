@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from sdxl_training.data.buckets import Integers
 from sdxl_training.data.captions import join_tags, split_alternatives, split_tags
 from sdxl_training.data.crops import read_box
+from sdxl_training.data.decoding import UnreadablePicture
 from sdxl_training.data.filters import EVERYTHING, Filter
 from sdxl_training.data.lazy import Lazy
 from sdxl_training.data.listing import PictureSource
@@ -27,6 +28,7 @@ from sdxl_training.data.picture_plan import Columns, PicturePlan
 from sdxl_training.records import ImageRecord, Quarantined, UserError
 
 EXAMPLES = 5
+PROBES = 8  # other pictures that are tried before one that cannot be read is blamed for it
 Missing = Literal["refuse", "empty", "leave_out"]
 
 
@@ -185,9 +187,44 @@ class Pictures(Sequence[ImageRecord]):
         return chosen
 
     def read(self, number: int) -> bytes:
-        """Return the bytes of picture `number`; raises UnreadablePicture."""
+        """Return the bytes of picture `number`.
+
+        Raises UnreadablePicture where this one cannot be had and others of its source can; UserError where they cannot
+        be had either: then it is no picture's fault, and none must be blamed for good.
+        """
+        try:
+            return self._read(number)
+        except UnreadablePicture as error:
+            if error.__cause__ is None:  # it could be read, and is not what it was
+                raise
+            self._refuse_lost_place(number, error)
+        try:
+            return self._read(number)  # the fault may have passed meanwhile
+        except UnreadablePicture as error:
+            raise UnreadablePicture(error.path, f"{error.reason} (touch it once it can be)") from error
+
+    def _read(self, number: int) -> bytes:
         source: IndexedSource = self.sources[self.source_P[number]]
         return source.read(int(self.row_P[number]))
+
+    def _refuse_lost_place(self, number: int, error: UnreadablePicture) -> None:
+        """Raise UserError unless another picture of the source, of some spread over it, can be read."""
+        own = np.flatnonzero(self.source_P == self.source_P[number])
+        others = np.roll(own, -int(np.searchsorted(own, number)))[1:]
+        probes = others[np.linspace(0, len(others), min(PROBES, len(others)), endpoint=False, dtype=np.int64)]
+        if len(probes) and not any(self._can_be_read(probe) for probe in probes.tolist()):
+            raise UserError(
+                f"data.sources.{self.source_P[number]}: {error.path}: {error.reason}; nor can {len(probes)} others of "
+                "its pictures be read. Mend the disk, the network or the permissions, then start the same command "
+                "again: it goes on where it was, and no picture is quarantined for this."
+            ) from error
+
+    def _can_be_read(self, number: int) -> bool:
+        try:
+            self._read(number)
+        except UnreadablePicture:
+            return False
+        return True
 
     def columns(self) -> Columns:
         """Return sizes and repeats of all pictures."""
