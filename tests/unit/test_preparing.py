@@ -71,6 +71,15 @@ def test_a_picture_is_decoded_once_and_resized_once_a_size(monkeypatch):
     assert resizes == [(36, 52), (44, 64)]
 
 
+def test_a_header_that_is_not_true_is_no_reason_to_start_again(monkeypatch):
+    """Decoders are strict about ours, so one that is not stands for those of other formats."""
+    monkeypatch.setattr(preparing, "decode_pixels", lambda *_: torch.zeros(70, 100, 3, dtype=torch.uint8))
+    error = prepare(Job(encoded(NOISE), "a.webp", PLANS))
+    assert str(error) == (
+        "a.webp: its header says 72x104 (height x width), its pixels are 70x100; save it anew, by another program"
+    )
+
+
 def test_what_is_transparent_shows_the_background():
     clear = Image.new("RGBA", (104, 72), (1, 2, 3, 0))
     job = Job(encoded(clear), "a", PLANS[:1])

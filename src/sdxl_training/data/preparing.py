@@ -7,6 +7,7 @@ Shape legend: H x W pixel rows and columns, C = 3 colour channels.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ from typing import Protocol
 from torch import Tensor
 
 from sdxl_training.data.colour import RGB, WHITE
+from sdxl_training.data.decoding import read_header
 from sdxl_training.data.images import RESAMPLING, UnreadablePicture, decode_pixels, resize_and_crop
 from sdxl_training.records import Bucket, CropPlan, SizeHW
 
@@ -98,10 +100,18 @@ def prepare(job: Job, background: RGB = WHITE) -> Prepared:
         pixels_HWC = decode_pixels(job.data, job.path, background)
     except UnreadablePicture as error:
         return error
-    if tuple(pixels_HWC.shape[:2]) != job.original_hw:
-        height, width = job.original_hw
-        return UnreadablePicture(job.path, f"it is no longer {height}x{width} as when it was indexed; start again")
+    height, width = pixels_HWC.shape[:2]
+    if (height, width) != job.original_hw:
+        return UnreadablePicture(job.path, _why_of_another_size(job, (height, width)))
     return cut({size: _resize(pixels_HWC, job.original_hw, size) for size in job.resized_hws}, job.plans)
+
+
+def _why_of_another_size(job: Job, decoded_hw: SizeHW) -> str:
+    """Say why a picture is not of the size it was planned for: another file by now, or a header that is not true."""
+    planned, decoded = ("x".join(map(str, size_hw)) for size_hw in (job.original_hw, decoded_hw))
+    if read_header(io.BytesIO(job.data), job.path).size_hw == job.original_hw:
+        return f"its header says {planned} (height x width), its pixels are {decoded}; save it anew, by another program"
+    return f"it is no longer {planned} as when it was indexed; start again"
 
 
 def cut(resized: dict[SizeHW, Tensor], plans: Sequence[CropPlan]) -> tuple[Tensor, ...]:
