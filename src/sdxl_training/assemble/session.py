@@ -108,14 +108,23 @@ class Session:
         self._known_bad |= {entry.path: entry for entry in new}
         name_quarantined(new, self.progress)
         everything = self.quarantined()
-        refuse_too_many_bad(self.config, everything, self.dataset.found.pictures.found)
         if self.group.is_main:
             self.folder.write_quarantine(everything)
+        refuse_too_many_bad(self.config, everything, self.dataset.found.pictures.found)
 
     def quarantined(self) -> list[Quarantined]:
         """Return all pictures known to be of no use, also those that workers and other processes came to."""
         self.dataset.found.contents.refresh()
         return list(({entry.path: entry for entry in self.dataset.found.quarantined()} | self._known_bad).values())
+
+    def share_quarantine(self) -> None:
+        """Name and write down what any rank has found by now; all ranks call it at once. Raises as `quarantine`."""
+        self.dataset.found.contents.refresh()
+        in_files = self.dataset.found.quarantined()
+        names = {entry.path for entry in in_files}
+        # What has no finite latent is in no file: that belongs to the VAE.
+        elsewhere = self.group.gather([entry for path, entry in self._known_bad.items() if path not in names])
+        self.quarantine([*in_files, *elsewhere])
 
     def largest_batch(self) -> list[Batch]:
         """Return micro-batches of the heaviest update, as many as an update has; for a rehearsal.

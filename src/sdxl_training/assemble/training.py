@@ -266,6 +266,8 @@ def _step_log(session: Session, trackers: Trackers, show: Update) -> StepLog:
 
 
 def _write_report(session: Session, steps_done: int, state: Literal["running", "finished", "stopped"]) -> None:
+    """Write quarantine.jsonl and the report; all ranks call it at once."""
+    session.share_quarantine()
     if not session.group.is_main:
         return
     figures = figures_now(session)
