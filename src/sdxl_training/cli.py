@@ -68,10 +68,15 @@ def plan(
         Path | None,
         typer.Option("--crops", metavar="FILE", help="Write bucket, scale and cut of each picture (JSONL)."),
     ] = None,
+    duplicates: Annotated[
+        Path | None,
+        typer.Option("--duplicates", metavar="FILE", help="Write which pictures are there several times (JSONL)."),
+    ] = None,
 ) -> None:
     """State pictures, buckets, crops, captions, steps and cache without training."""
     loaded = load_config(config, overrides or ())
-    _assemble().plan(loaded, as_json=as_json, sheet_file=sheet, crops_file=crops)
+    assemble = _assemble()
+    assemble.plan(loaded, as_json=as_json, files=assemble.PlanFiles(sheet, crops, duplicates))
 
 
 @app.command()

@@ -119,6 +119,32 @@ def test_plan_writes_a_line_for_every_picture(trainer: Trainer, tmp_path: Path) 
     assert "cannot be written" in nowhere.err
 
 
+def test_duplicates_are_listed_by_plan_and_by_a_run(trainer: Trainer, pictures: Path, tmp_path: Path) -> None:
+    own = Path(shutil.copytree(pictures, tmp_path / "own"))
+    first, *others = sorted(path for path in own.glob("*.png") if not path.name.startswith("broken"))
+    for copy in (own / "zz-copy-1.png", own / "zz-copy-2.png"):
+        shutil.copy(first, copy)
+        shutil.copy(first.with_suffix(".txt"), copy.with_suffix(".txt"))
+    with Image.open(others[0]) as picture:
+        picture.save(own / "zz-other.png", compress_level=1)
+    shutil.copy(first.with_suffix(".txt"), own / "zz-other.txt")
+    settings = (f"data.sources.0.path={own}", "data.duplicates=drop", "data.near_duplicates=warn")
+    file = tmp_path / "duplicates.jsonl"
+    planned = run(trainer, "plan", "--json", "--duplicates", str(file), settings=settings)
+    assert json.loads(planned.out)["pictures"] == USABLE + 2, "the cut one and the other file of the same look"
+    copies, alike = (json.loads(line) for line in file.read_text(encoding="utf-8").splitlines())
+    assert copies == {
+        "kind": "same bytes",
+        "kept": [str(first)],
+        "left_out": [str(own / "zz-copy-1.png"), str(own / "zz-copy-2.png")],
+    }
+    assert alike == {"kind": "same look", "kept": [str(others[0]), str(own / "zz-other.png")], "left_out": []}
+    trainer.run(*(word for one in (*settings, "training.max_steps=2") for word in ("--set", one)))
+    assert (trainer.run_dir / "duplicates.jsonl").read_text(encoding="utf-8") == file.read_text(encoding="utf-8")
+    nothing = run(trainer, "plan", "--duplicates", str(file), status=2)
+    assert "none are looked for" in nothing.err
+
+
 def test_plan_reads_a_changed_folder_again(trainer: Trainer, pictures: Path, tmp_path: Path) -> None:
     """The index is no memory of what was: a filter, and a picture that is gone."""
     own = Path(shutil.copytree(pictures, tmp_path / "own"))

@@ -18,12 +18,12 @@ from hypothesis import strategies as st
 from sdxl_training.data.duplicates import (
     ALONE,
     SAME_LOOK,
+    Duplicates,
     Groups,
     agree,
     describe,
     first_equal,
     in_threads,
-    listed,
     same_pictures,
 )
 from sdxl_training.data.images import UnreadablePicture, digest_content
@@ -286,19 +286,27 @@ def test_the_groups_in_words():
     groups = Groups(np.array([0, 0, 2, 3, 0, 3, 6, 6]))
     shelf = Shelf([b""] * 8, list("abcdefgh"))
     assert describe(groups, shelf, 2) == (
-        "7 pictures in 3 groups have the same bytes:\n  a = b = e\n  d = f\n  and 1 more group"
+        "7 pictures in 3 groups have the same bytes:\n  a = b = e\n  d = f\n  and 1 more group: a run lists all in "
+        "duplicates.jsonl, plan with --duplicates"
     )
-    assert describe(groups, shelf, 1).endswith("\n  and 2 more groups")
+    all_of_them = ": a run lists all in duplicates.jsonl, plan with --duplicates"
+    assert describe(groups, shelf, 1).endswith(f"\n  and 2 more groups{all_of_them}")
     assert describe(Groups(np.array([0, 0])), shelf, 1).startswith("2 pictures in 1 group have")
     assert describe(groups, shelf, 3, SAME_LOOK).endswith("look nearly the same:\n  a ~ b ~ e\n  d ~ f\n  g ~ h")
-    assert json.loads(json.dumps(listed(groups, shelf))) == [["a", "b", "e"], ["d", "f"], ["g", "h"]]
+    grouped = [["a", "b", "e"], ["d", "f"], ["g", "h"]]
+    assert [json.loads(line) for line in Duplicates(groups, shelf, drop=True).lines()] == [
+        {"kind": "same bytes", "kept": [first], "left_out": others} for first, *others in grouped
+    ]
+    assert [json.loads(line) for line in Duplicates(groups, shelf, SAME_LOOK).lines()] == [
+        {"kind": "same look", "kept": group, "left_out": []} for group in grouped
+    ]
     assert describe(Groups(np.arange(3)), shelf, 2) == "no two of 3 pictures have the same bytes"
 
 
 def test_a_large_group_is_named_in_part():
     shelf = Shelf([b""] * 9, list("abcdefghi"))
     assert describe(Groups(np.zeros(9, np.int64)), shelf, 2).endswith("\n  a = b = c = d = e and 4 more")
-    assert listed(Groups(np.zeros(9, np.int64)), shelf) == [list("abcdefghi")]
+    assert json.loads(*Duplicates(Groups(np.zeros(9, np.int64)), shelf).lines())["kept"] == list("abcdefghi")
 
 
 # Real pictures of real sources
@@ -347,7 +355,8 @@ def two_sources(tmp_path):
 
 def test_two_sources_with_the_same_picture(two_sources, tmp_path):
     groups = same_pictures(two_sources, Memory(7), Bar())
-    relative = [[path.removeprefix(f"{tmp_path}/") for path in group] for group in listed(groups, two_sources)]
+    listed = [json.loads(line)["kept"] for line in Duplicates(groups, two_sources).lines()]
+    relative = [[path.removeprefix(f"{tmp_path}/") for path in group] for group in listed]
     assert relative == [["one/b.png", "two/f.png", "two/g.png"], ["one/c.png", "two/e.png"]]
 
 

@@ -13,7 +13,6 @@ from PIL import Image, ImageDraw
 
 from sdxl_training.data import perceptual
 from sdxl_training.data.demo_set import PictureSpec, draw_picture, draw_specs
-from sdxl_training.data.duplicates import listed
 from sdxl_training.data.images import digest_content
 from sdxl_training.data.perceptual import (
     SIGNATURE,
@@ -358,7 +357,7 @@ def test_near_duplicates_are_found_and_decoded_once_in_their_life(tmp_path):
     groups, bar = find(shelf, memory, tmp_path / "new")
     assert groups.leader_P.tolist() == ALIKE
     assert groups.kept_mask().tolist() == [True, True, False, True, False, False]
-    assert listed(groups, shelf) == [["0.png", "2.png", "4.png"], ["1.png", "5.png"]]
+    assert [members.tolist() for members in groups.members] == [[0, 2, 4], [1, 5]]
     assert list(memory.failures) == [3]
     assert [memory.known(number) for number in range(6)] == [digest_content(data) for data in shelf.files]
     assert "6 pictures are decoded" in bar.said[0]

@@ -2,8 +2,8 @@
 
 from sdxl_training.assemble.caching import cache
 from sdxl_training.assemble.drawing import draw_prompts, export, sample
-from sdxl_training.assemble.planning import plan, write_demo_data
+from sdxl_training.assemble.planning import PlanFiles, plan, write_demo_data
 from sdxl_training.assemble.tag_command import tags
 from sdxl_training.assemble.training import train
 
-__all__ = ["cache", "draw_prompts", "export", "plan", "sample", "tags", "train", "write_demo_data"]
+__all__ = ["PlanFiles", "cache", "draw_prompts", "export", "plan", "sample", "tags", "train", "write_demo_data"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,7 +23,7 @@ from sdxl_training.data.cache import CODE_VERSION, LatentCache
 from sdxl_training.data.claims import Claims
 from sdxl_training.data.crops import Cut
 from sdxl_training.data.dali import DaliPreparer, choose_backend
-from sdxl_training.data.duplicates import ALONE, SAME_LOOK, Processes, describe, same_pictures
+from sdxl_training.data.duplicates import ALONE, SAME_LOOK, Duplicates, Processes, describe, same_pictures
 from sdxl_training.data.encoding import Encoder
 from sdxl_training.data.fetching import Fetch
 from sdxl_training.data.filling import PIECE, Fill
@@ -43,15 +43,23 @@ NAMED = 10
 
 @dataclass(frozen=True)
 class FoundPictures:
-    """What the sources hold, planned into buckets; contents: what is known of the pictures' bytes."""
+    """What the sources hold, planned into buckets.
+
+    contents: what is known of the pictures' bytes. duplicates: what the searches for them found, where there were any.
+    """
 
     pictures: Pictures
     contents: KnownContents
     plan: PicturePlan
+    duplicates: tuple[Duplicates, ...] = ()
 
     def quarantined(self) -> list[Quarantined]:
         """Return the pictures that are known to be of no use: by their headers, or since somebody decoded them."""
         return self.pictures.quarantined() + self.contents.failures()
+
+    def duplicate_lines(self) -> Iterator[str]:
+        """Yield a line of JSON for each group of pictures that are there several times."""
+        return (line for found in self.duplicates for line in found.lines())
 
 
 def find_pictures(config: Config, progress: Progress, processes: Processes = ALONE) -> FoundPictures:
@@ -62,7 +70,7 @@ def find_pictures(config: Config, progress: Progress, processes: Processes = ALO
     """
     data = config.data
     pictures, contents = open_pictures(config, progress)
-    pictures, contents = without_duplicates(config, pictures, contents, progress, processes)
+    pictures, contents, duplicates = without_duplicates(config, pictures, contents, progress, processes)
     refuse_absent_tags(config, pictures)
     sizes, crop = data.buckets, data.crop
     if crop.position == "focus":
@@ -70,7 +78,7 @@ def find_pictures(config: Config, progress: Progress, processes: Processes = ALO
     fitting = Fitting(sizes.small_pictures, sizes.resolutions, sizes.max_crop)
     cut = Cut(crop.position, crop.variants, crop.flip, crop.seed)
     plan = plan_resolutions(pictures, bucket_lists(config), fitting, cut, pictures.columns())
-    found = FoundPictures(pictures, contents, plan)
+    found = FoundPictures(pictures, contents, plan, duplicates)
     left_out = pictures.left_out
     if left_out:
         progress.message(
@@ -88,23 +96,26 @@ def find_pictures(config: Config, progress: Progress, processes: Processes = ALO
 
 def without_duplicates(
     config: Config, pictures: Pictures, contents: KnownContents, progress: Progress, processes: Processes
-) -> tuple[Pictures, KnownContents]:
+) -> tuple[Pictures, KnownContents, tuple[Duplicates, ...]]:
     """Name pictures that are there several times, and leave out all but the first of each where that is wanted."""
     data, folder = config.data, Path(cache_folder(config)) / INDEX_FOLDER
     background = data.preprocessing.background
     kept_P = np.ones(len(pictures), bool)
+    found: list[Duplicates] = []
     if data.duplicates != "keep":
         groups = same_pictures(pictures, contents, progress, processes)
         progress.message(describe(groups, pictures, NAMED))
+        found.append(Duplicates(groups, pictures, drop=data.duplicates == "drop"))
         kept_P &= groups.kept_mask() | (data.duplicates == "warn")
     if data.near_duplicates != "keep":
         groups = near_pictures(pictures, contents, folder, progress, processes, kept_P, background)
         progress.message(describe(groups, pictures, NAMED, SAME_LOOK))
+        found.append(Duplicates(groups, pictures, SAME_LOOK, drop=data.near_duplicates == "drop"))
         kept_P &= groups.kept_mask() | (data.near_duplicates == "warn")
     if kept_P.all():
-        return pictures, contents
+        return pictures, contents, tuple(found)
     remaining = pictures.subset(kept_P)
-    return remaining, contents.of(remaining)
+    return remaining, contents.of(remaining), tuple(found)
 
 
 def refuse_too_many_bad(config: Config, quarantined: Sequence[Quarantined], found: int) -> None:

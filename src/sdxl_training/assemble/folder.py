@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -86,9 +86,17 @@ class RunFolder:
 
     def write_quarantine(self, quarantined: Sequence[Quarantined]) -> Path:
         """Write quarantine.jsonl: one object with path and reason a line."""
-        path = self.path / "quarantine.jsonl"
+        return self._write_lines("quarantine.jsonl", (json.dumps(asdict(entry)) for entry in quarantined))
+
+    def write_duplicates(self, lines: Iterable[str]) -> Path:
+        """Write duplicates.jsonl: a line for each group of pictures that are there several times."""
+        return self._write_lines("duplicates.jsonl", lines)
+
+    def _write_lines(self, name: str, lines: Iterable[str]) -> Path:
+        path = self.path / name
         temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(asdict(entry)) + "\n" for entry in quarantined), encoding="utf-8")
+        with temporary.open("w", encoding="utf-8") as file:
+            file.writelines(f"{line}\n" for line in lines)
         return temporary.replace(path)
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 from collections import Counter
-from dataclasses import replace
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -46,12 +47,26 @@ UNUSABLE = "cannot be used"
 REASONED = 20_000  # records that lack a latent and are asked why; of more, so many evenly spread ones speak for all
 
 
-def plan(loaded: LoadedConfig, as_json: bool, sheet_file: Path | None, crops_file: Path | None) -> None:
+@dataclass(frozen=True, slots=True)
+class PlanFiles:
+    """What else a plan writes, where it is wanted: the worst crops (PNG), a line of JSON each picture, each group."""
+
+    sheet: Path | None = None
+    crops: Path | None = None
+    duplicates: Path | None = None
+
+
+def plan(loaded: LoadedConfig, as_json: bool, files: PlanFiles) -> None:
     """Print images, buckets, crops, captions, steps and cache; reads headers and captions only.
 
-    as_json: everything, for programs. sheet_file: where the worst crops are drawn to (PNG). crops_file: where a line of
-    JSON is written for each picture. Raises UserError where a file cannot be written.
+    as_json: everything, for programs. Raises UserError where a file cannot be written, or would be of nothing.
     """
+    data = loaded.config.data
+    if files.duplicates is not None and data.duplicates == data.near_duplicates == "keep":
+        raise UserError(
+            f"--duplicates = {files.duplicates}: none are looked for with data.duplicates and data.near_duplicates = "
+            "keep. Set one of them to warn or drop, also by --set data.duplicates=warn."
+        )
     console = Console(stderr=as_json)  # so that the JSON is all there is on the standard output
     open_log(None, console)
     progress = ConsoleProgress(console)
@@ -62,17 +77,20 @@ def plan(loaded: LoadedConfig, as_json: bool, sheet_file: Path | None, crops_fil
     else:
         said = report.text().encode("utf-8", "backslashreplace").decode()  # a file's name need not be text
         console.print(said, markup=False, highlight=False, soft_wrap=True)
-    if crops_file is not None:
-        write_crops(found, crops_file)
-        progress.message(f"what becomes of each picture: {crops_file}")
-    if sheet_file is None:
+    if files.crops is not None:
+        write_lines(crop_lines(found.plan), files.crops, "--crops")
+        progress.message(f"what becomes of each picture: {files.crops}")
+    if files.duplicates is not None:
+        write_lines(found.duplicate_lines(), files.duplicates, "--duplicates")
+        progress.message(f"pictures that are there several times: {files.duplicates}")
+    if files.sheet is None:
         return
     sheet = worst_crops(loaded.config, found)
     if sheet is None:
         progress.message("no picture is cut, so there is no contact sheet")
         return
-    write_sheet(sheet, sheet_file)
-    progress.message(f"the worst crops: {sheet_file}")
+    write_sheet(sheet, files.sheet)
+    progress.message(f"the worst crops: {files.sheet}")
 
 
 def make_report(
@@ -117,14 +135,14 @@ def worst_crops(config: Config, found: FoundPictures) -> Image.Image | None:
     return draw_sheet(cells, background=config.data.preprocessing.background)
 
 
-def write_crops(found: FoundPictures, file: Path) -> None:
-    """Write a line of JSON for each picture: size, bucket, scale, share cut away. Raises UserError where it cannot."""
+def write_lines(lines: Iterable[str], file: Path, option: str) -> None:
+    """Write lines to the file that an option names. Raises UserError where it cannot be written."""
     try:
-        with file.open("w", encoding="utf-8") as lines:
-            lines.writelines(f"{line}\n" for line in crop_lines(found.plan))
+        with file.open("w", encoding="utf-8") as opened:
+            opened.writelines(f"{line}\n" for line in lines)
     except OSError as error:
         raise UserError(
-            f"--crops = {file}: cannot be written ({error.strerror or error}). Give a file in a folder that is there "
+            f"{option} = {file}: cannot be written ({error.strerror or error}). Give a file in a folder that is there "
             "and can be written."
         ) from error
 

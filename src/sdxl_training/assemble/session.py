@@ -190,6 +190,8 @@ def open_session(
     tokenizer = build_tokenizer(config, sdxl)
     if group.is_main:
         folder.write_quarantine(())
+        if dataset.found.duplicates:
+            folder.write_duplicates(dataset.found.duplicate_lines())
         check_captions(config, tokenizer, dataset.plan.records, progress)
     objective = build_objective(config, group.device)
     tags = build_tags(config, dataset.found, group.device)

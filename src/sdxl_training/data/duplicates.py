@@ -8,6 +8,7 @@ Shape legend: P pictures, N digests.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
@@ -86,14 +87,15 @@ ALONE = OneProcess()
 
 
 class Likeness(NamedTuple):
-    """What the pictures of a group have in common, for people: the words, and the sign between two names."""
+    """What the pictures of a group have in common: its name; for people the words, and the sign between two names."""
 
+    name: str
     words: str
     sign: str
 
 
-SAME_BYTES = Likeness("have the same bytes", " = ")
-SAME_LOOK = Likeness("look nearly the same", " ~ ")
+SAME_BYTES = Likeness("same bytes", "have the same bytes", " = ")
+SAME_LOOK = Likeness("same look", "look nearly the same", " ~ ")
 
 
 @dataclass(frozen=True, eq=False)
@@ -192,16 +194,29 @@ def describe(groups: Groups, pictures: Readable, limit: int, likeness: Likeness 
         return f"no two of {len(groups.leader_P)} pictures {likeness.words}"
     named = [f"\n  {_named(members, pictures, likeness)}" for members in groups.members[:limit]]
     more = len(groups.members) - len(named)
+    where = "a run lists all in duplicates.jsonl, plan with --duplicates"
     return (
         f"{groups.dropped + len(groups.members)} pictures in {_groups(len(groups.members))} {likeness.words}:"
         + "".join(named)
-        + (f"\n  and {_groups(more, 'more ')}" if more else "")
+        + (f"\n  and {_groups(more, 'more ')}: {where}" if more else "")
     )
 
 
-def listed(groups: Groups, pictures: Readable) -> list[list[str]]:
-    """Return the paths of each group's pictures, the kept one first."""
-    return [[pictures[number].path for number in members.tolist()] for members in groups.members]
+@dataclass(frozen=True, eq=False)
+class Duplicates:
+    """What a search found among `pictures`, and whether all but the first of each group are left out of the run."""
+
+    groups: Groups
+    pictures: Readable
+    likeness: Likeness = SAME_BYTES
+    drop: bool = False
+
+    def lines(self) -> Iterator[str]:
+        """Yield a line of JSON for each group: what its pictures have in common, which are kept and which left out."""
+        for members in self.groups.members:
+            paths = [self.pictures[number].path for number in members.tolist()]
+            kept = 1 if self.drop else len(paths)
+            yield json.dumps({"kind": self.likeness.name, "kept": paths[:kept], "left_out": paths[kept:]})
 
 
 def _occur_twice(lengths_P: NDArray[Any]) -> Mask:
