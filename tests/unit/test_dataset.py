@@ -328,6 +328,24 @@ def test_all_sources_that_cannot_serve_are_named_at_once(pictures: Path, tmp_pat
 # The cache
 
 
+@pytest.mark.parametrize("where", ["file", "file/below", "/proc/nowhere"])
+def test_a_cache_that_cannot_be_written_is_blamed_and_no_source(pictures: Path, tmp_path: Path, where: str) -> None:
+    (tmp_path / "file").touch()
+    path = str(tmp_path / where)  # the last one is absolute: a folder in which nobody, not even root, may write
+    sources = [{"path": str(pictures)}, {"path": str(tmp_path / "absent")}]
+    with pytest.raises(UserError) as caught:
+        dataset_of(pictures, tmp_path, sources=sources, cache={"path": path})
+    said = str(caught.value)
+    assert said.startswith(f"data.cache.path = {path}: the cache's folder {path}/index cannot be written (")
+    assert "data.sources" not in said
+
+
+def test_the_default_cache_that_cannot_be_written_says_where_it_is(pictures: Path, tmp_path: Path) -> None:
+    (tmp_path / "cache").touch()
+    with pytest.raises(UserError, match=r"data\.cache\.path = null, that is <output_dir>/cache: .* cannot be written"):
+        dataset_of(pictures, tmp_path)
+
+
 @pytest.mark.parametrize("flip", [False, True])
 def test_every_variant_is_encoded_by_itself(pictures: Path, tmp_path: Path, flip: bool) -> None:
     first = {"mode": "first"}

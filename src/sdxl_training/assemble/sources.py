@@ -27,9 +27,9 @@ INDEX_FOLDER = "index"
 def open_pictures(config: Config, progress: Progress) -> tuple[Pictures, KnownContents]:
     """List every source, look at what is new, and return the usable pictures and what is known of their bytes.
 
-    Raises one UserError for all sources that cannot serve.
+    Raises UserError where the cache folder cannot be written, and one for all sources that cannot serve.
     """
-    folder = Path(cache_folder(config)) / INDEX_FOLDER
+    folder = _make_index_folder(config)
     opened: list[IndexedSource] = []
     problems: list[str] = []
     for number, described in enumerate(config.data.sources):
@@ -44,6 +44,23 @@ def open_pictures(config: Config, progress: Progress) -> tuple[Pictures, KnownCo
         raise UserError("\n".join(problems))
     pictures = Pictures(opened)
     return pictures, KnownContents(folder, pictures)
+
+
+def _make_index_folder(config: Config) -> Path:
+    """Create the folder of indexes; raises UserError where that cannot be done or nothing can be written in it."""
+    folder = Path(cache_folder(config)) / INDEX_FOLDER
+    probe = folder / f".writable-{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink(missing_ok=True)  # a process of another machine may have this number, too
+    except OSError as error:
+        given = config.data.cache.path or "null, that is <output_dir>/cache"
+        raise UserError(
+            f"data.cache.path = {given}: the cache's folder {folder} cannot be written ({error.strerror}). Give a "
+            "folder that can be written, or mend its permissions."
+        ) from error
+    return folder
 
 
 def open_source(described: Source, config: Config) -> PictureSource:
