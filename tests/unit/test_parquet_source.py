@@ -309,13 +309,43 @@ def test_columns_are_found(columns: pa.Schema, expected: Columns):
 
 
 @pytest.mark.parametrize(
+    ("columns", "captions", "expected"),
+    [
+        (schema(image=IMAGE, text=TEXT, booru=TEXT), None, Columns("image", ("text",), "booru")),
+        (schema(image=IMAGE, text=TEXT, booru=TEXTS, tags=TEXT), None, Columns("image", ("text",), "booru")),
+        (schema(image=IMAGE, booru=TEXT, tags=TEXT), None, Columns("image", (), "booru")),
+        (schema(image=IMAGE, booru=TEXT, text=TEXT), ("booru",), "tags: booru is among .*captions, too"),
+        (schema(image=IMAGE, text=TEXT, booru=NUMBER), None, "tags: there is no column booru with texts"),
+        (schema(image=IMAGE, text=TEXT), None, "tags: there is no column booru with texts. Columns: image"),
+    ],
+)
+def test_the_column_of_tags_may_be_named(columns: pa.Schema, captions: tuple[str, ...] | None, expected: Columns | str):
+    if isinstance(expected, str):
+        with pytest.raises(UserError, match=rf"data\.sources\[\]\.columns\.{expected}"):
+            find_columns(columns, None, captions, "booru")
+    else:
+        assert find_columns(columns, None, captions, "booru") == expected
+    # A caption's column that is named as that of tags is none of several that may be meant.
+    assert find_columns(schema(image=IMAGE, text=TEXT, prompt=TEXT), tags="prompt").captions == ("text",)
+
+
+def test_tags_of_a_named_column_are_read_and_are_part_of_the_identity(tmp_path: Path):
+    table = pa.table({"image": as_cells([PNG] * 2), "text": ["a", "b"], "booru": ["x, y", None], "tags": ["u", "v"]})
+    write(tmp_path / "a.parquet", table)
+    named, unnamed = ParquetSource(str(tmp_path), tags_column="booru"), ParquetSource(str(tmp_path))
+    assert [(row["captions"], row["tags"]) for row in look(named)] == [(["a"], ["x", "y"]), (["b"], None)]
+    assert [row["tags"] for row in look(unnamed)] == [["u"], ["v"]]
+    assert named.identity != unnamed.identity
+
+
+@pytest.mark.parametrize(
     ("columns", "image", "captions", "message"),
     [
         (
             schema(image=IMAGE, jpg=IMAGE),
             None,
             None,
-            "columns image, jpg may hold the pictures. Name it in image_column",
+            "columns image, jpg may hold the pictures. Name it in data.sources...columns.image",
         ),
         (schema(a=IMAGE, b=IMAGE), None, None, "columns a, b may hold the pictures"),
         (
@@ -328,7 +358,7 @@ def test_columns_are_found(columns: pa.Schema, expected: Columns):
         (schema(image=pa.list_(IMAGE)), None, None, "no column is known"),
         (schema(image=IMAGE), "photo", None, "there is no column photo with the bytes of pictures"),
         (schema(image=IMAGE, photo=TEXT), "photo", None, "there is no column photo with the bytes"),
-        (schema(image=IMAGE, text=TEXT, prompt=TEXT), None, None, "columns text, prompt may hold.*caption_columns"),
+        (schema(image=IMAGE, text=TEXT, prompt=TEXT), None, None, "text, prompt may hold.*sources...columns.captions"),
         (schema(image=IMAGE, text=TEXT), None, ("story",), "there is no column story with texts. Columns: image"),
         (schema(image=IMAGE, text=NUMBER), None, ("text",), "there is no column text with texts"),
     ],

@@ -70,9 +70,7 @@ def open_source(described: Source, config: Config) -> PictureSource:
     if kind == "tar":
         return TarSource(described.path, extension)
     if kind == "parquet":
-        if columns.tags:
-            raise UserError("the tags of Parquet files are read from a column called tags. Take columns.tags out.")
-        return ParquetSource(described.path, columns.image, columns.captions or None)
+        return ParquetSource(described.path, columns.image, columns.captions or None, columns.tags)
     if described.table is not None:
         return TableSource(described.path, described.table, columns.image, columns.captions, columns.tags)
     if columns.image or columns.captions or columns.tags:

@@ -36,7 +36,7 @@ class AddTags(Section):
 
 
 class TableColumns(Section):
-    """What the columns of a table are called; null or empty: found by their usual names."""
+    """What columns are called; null or empty: found by their usual names."""
 
     image: str | None = Field(default=None, min_length=1, description="Column of file names or picture bytes.")
     captions: Names = Field(default=(), description="Columns of captions; several are alternatives.")
@@ -66,7 +66,9 @@ class Source(Section):
     table: str | None = Field(
         default=None, min_length=1, description="JSONL, CSV or Parquet file with names and captions of the pictures."
     )
-    columns: TableColumns = Field(default=TableColumns(), description="What the columns of a table are called.")
+    columns: TableColumns = Field(
+        default=TableColumns(), description="What the columns of a table, or of Parquet files, are called."
+    )
     repeats: int = Field(default=1, ge=1, description="Times each picture is drawn in an epoch.")
     weight: float = Field(
         default=1.0, gt=0, le=1000, description="Weight of its losses; over all pictures the mean is kept at 1."

@@ -11,6 +11,8 @@ from typing import Protocol
 
 import pyarrow as pa
 
+COLUMNS_SETTING = "data.sources[].columns"  # where people name columns
+
 # Names are bytes: a file name need not be valid UTF-8. They are relative to the source, with "/" between folders.
 FILES = pa.schema(
     [

@@ -16,6 +16,7 @@ from typing import Any
 import pyarrow as pa
 
 from sdxl_training.data.decoding import UnreadablePicture, read_header
+from sdxl_training.data.listing import COLUMNS_SETTING as SETTING
 from sdxl_training.data.listing import FILES, PICTURES, pictures_of
 from sdxl_training.data.quick_headers import AT_FIRST, parse_start
 from sdxl_training.data.remote import base_of, list_files, shown
@@ -35,18 +36,23 @@ class ParquetSource:
     """Pictures in one .parquet (or local .arrow) file, in those of a folder, or in those of a pattern.
 
     address: a path or an address. image_column: found by its name or type where it is not given. caption_columns: each
-    a text or a list of texts, all of them alternatives; found by name where they are not given.
+    a text or a list of texts, all of them alternatives; found by name where they are not given. tags_column: texts or
+    lists of them; the one called tags where it is not given.
     """
 
     address: str
     image_column: str | None = None
     caption_columns: tuple[str, ...] | None = None
+    tags_column: str | None = None
 
     @property
     def identity(self) -> str:
         """Return the source's place and settings as text."""
         place = {"base": shown(self._base), "address": shown(self.address)}
-        return json.dumps({"kind": "rows", **place, "image": self.image_column, "captions": self.caption_columns})
+        columns = {"image": self.image_column, "captions": self.caption_columns}
+        # Only where it is given: the index of those who never named it stays.
+        tags = {} if self.tags_column is None else {"tags": self.tags_column}
+        return json.dumps({"kind": "rows", **place, **columns, **tags})
 
     def list_files(self) -> pa.Table:
         """Return the files there are, schema FILES; the first file's columns are checked.
@@ -56,7 +62,7 @@ class ParquetSource:
         files = list_files(self.address, SUFFIXES)
         try:
             with closing(open_rows(self._base + fsdecode(files[0].name))) as rows:
-                find_columns(rows.schema, self.image_column, self.caption_columns)
+                find_columns(rows.schema, self.image_column, self.caption_columns, self.tags_column)
         except DAMAGE:
             pass  # of this one file, so `look` says it
         names, sizes, times = zip(*files, strict=True)
@@ -104,7 +110,7 @@ class ParquetSource:
         problem = None
         try:
             with closing(open_rows(address)) as rows:
-                columns = find_columns(rows.schema, self.image_column, self.caption_columns)
+                columns = find_columns(rows.schema, self.image_column, self.caption_columns, self.tags_column)
                 for batch in rows.batches([columns.image, *columns.texts], range(len(rows.starts) - 1)):
                     tables.append(pictures_of(list(_pictures(batch, columns, file, row, self.path(fsdecode(file))))))
                     row += batch.num_rows
@@ -140,7 +146,9 @@ class Columns:
         return (*self.captions, *(name for name in (self.tags, self.sidecar) if name is not None))
 
 
-def find_columns(schema: pa.Schema, image: str | None = None, captions: Sequence[str] | None = None) -> Columns:
+def find_columns(
+    schema: pa.Schema, image: str | None = None, captions: Sequence[str] | None = None, tags: str | None = None
+) -> Columns:
     """Return the columns to read, guessed by name where they are not given.
 
     Pictures: the one of IMAGE_NAMES, else the one Hugging Face picture column. Captions: the one of CAPTION_NAMES;
@@ -150,17 +158,22 @@ def find_columns(schema: pa.Schema, image: str | None = None, captions: Sequence
     types = {field.name: _plain(field.type) for field in schema}
     image = find_image(schema, image)
     if captions is None:
-        known = [name for name in CAPTION_NAMES if name in types and _holds_texts(types[name])]
+        known = [name for name in CAPTION_NAMES if name in types and _holds_texts(types[name]) and name != tags]
         if len(known) > 1:
-            raise UserError(f"{_either(known, 'captions')}. Name those you want in caption_columns. {_listed(schema)}")
-        if not known and SIDECAR_NAME not in types and TAGS_NAME in types and _is_text(types[TAGS_NAME]):
+            wanted = f"Name those you want in {SETTING}.captions."
+            raise UserError(f"{_either(known, 'captions')}. {wanted} {_listed(schema)}")
+        if not known and tags is None and SIDECAR_NAME not in types and _is_text(types.get(TAGS_NAME, pa.null())):
             known = [TAGS_NAME]
         captions = known
-    for name in captions:
-        if name not in types or not _holds_texts(types[name]):
-            raise UserError(f"caption_columns: there is no column {name} with texts. {_listed(schema)}")
-    tags = TAGS_NAME if TAGS_NAME not in captions and _holds_texts(types.get(TAGS_NAME, pa.null())) else None
-    sidecar = types.get(SIDECAR_NAME) if SIDECAR_NAME not in captions else None
+    for setting, names in (("captions", captions), ("tags", [] if tags is None else [tags])):
+        for name in names:
+            if name not in types or not _holds_texts(types[name]):
+                raise UserError(f"{SETTING}.{setting}: there is no column {name} with texts. {_listed(schema)}")
+    if tags in captions:
+        raise UserError(f"{SETTING}.tags: {tags} is among {SETTING}.captions, too. Name it in one of them.")
+    if tags is None and TAGS_NAME not in captions and _holds_texts(types.get(TAGS_NAME, pa.null())):
+        tags = TAGS_NAME
+    sidecar = types.get(SIDECAR_NAME) if SIDECAR_NAME not in (*captions, tags) else None
     is_sidecar = sidecar is not None and (_is_text(sidecar) or pa.types.is_struct(sidecar))
     return Columns(image, tuple(captions), tags, SIDECAR_NAME if is_sidecar else None)
 
@@ -171,11 +184,11 @@ def find_image(schema: pa.Schema, image: str | None) -> str:
     if image is not None:
         if image in types and _holds_pictures(types[image]):
             return image
-        raise UserError(f"image_column: there is no column {image} with the bytes of pictures. {_listed(schema)}")
+        raise UserError(f"{SETTING}.image: there is no column {image} with the bytes of pictures. {_listed(schema)}")
     known = [name for name in IMAGE_NAMES if name in types and _holds_pictures(types[name])]
     known = known or [name for name, kind in types.items() if pa.types.is_struct(kind) and _holds_pictures(kind)]
     if len(known) != 1:
-        raise UserError(f"{_either(known, 'pictures')}. Name it in image_column. {_listed(schema)}")
+        raise UserError(f"{_either(known, 'pictures')}. Name it in {SETTING}.image. {_listed(schema)}")
     return known[0]
 
 

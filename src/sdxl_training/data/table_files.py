@@ -15,6 +15,7 @@ import pyarrow.csv
 import pyarrow.json
 import pyarrow.parquet as pq
 
+from sdxl_training.data.listing import COLUMNS_SETTING
 from sdxl_training.records import UserError
 
 ENDINGS = (".jsonl", ".csv", ".tsv", ".parquet")
@@ -49,24 +50,27 @@ def choose_columns(there: Sequence[str], picture: str | None, captions: Sequence
     for name in (picture, *captions, tags):
         if name is not None and name not in there:
             raise UserError(f"it has no column {name}, only {_listed(there)}. Correct the column's name.")
-    picture = picture or _the_usual(there, PICTURE_COLUMNS, "the pictures' file names", "picture_column")
+    picture = picture or _the_usual(there, PICTURE_COLUMNS, "the pictures' file names", "image")
     if picture is None:
         raise UserError(
             f"it has no column {' or '.join(PICTURE_COLUMNS)}, only {_listed(there)}. Name the one that holds the "
-            "pictures' file names: picture_column."
+            f"pictures' file names: {COLUMNS_SETTING}.image."
         )
-    caption = _the_usual(there, CAPTION_COLUMNS, "the captions", "caption_columns") if not captions else None
+    caption = _the_usual(there, CAPTION_COLUMNS, "the captions", "captions") if not captions else None
     return Columns(
         picture,
         tuple(captions) or ((caption,) if caption else ()),
-        tags or _the_usual(there, TAG_COLUMNS, "the tags", "tags_column"),
+        tags or _the_usual(there, TAG_COLUMNS, "the tags", "tags"),
     )
 
 
 def _the_usual(there: Sequence[str], usual: Sequence[str], what: str, setting: str) -> str | None:
     found = [name for name in usual if name in there]
     if len(found) > 1 and found[0] != PICTURE_COLUMNS[0]:  # file_name is what data set libraries write
-        raise UserError(f"it has the columns {_listed(found)}, each of which may hold {what}. Choose with {setting}.")
+        raise UserError(
+            f"it has the columns {_listed(found)}, each of which may hold {what}. "
+            f"Choose with {COLUMNS_SETTING}.{setting}."
+        )
     return found[0] if found else None
 
 
