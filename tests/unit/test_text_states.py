@@ -15,12 +15,14 @@ import yaml
 from PIL import Image
 from torch import Tensor
 
+from sdxl_training.assemble import session as session_module
 from sdxl_training.assemble import texts as texts_module
+from sdxl_training.assemble import training as training_module
 from sdxl_training.assemble.captions import build_tokenizer
 from sdxl_training.assemble.drawing import build_painter, sampling_of
 from sdxl_training.assemble.folder import RunFolder
 from sdxl_training.assemble.session import Session, open_session
-from sdxl_training.assemble.texts import encode_captions, open_texts, park_encoders, text_shape
+from sdxl_training.assemble.texts import encode_captions, move_encoders, open_texts, text_shape
 from sdxl_training.assemble.training import train
 from sdxl_training.config.load import load_config
 from sdxl_training.config.schema import Config
@@ -397,7 +399,7 @@ def test_a_missing_entry_is_refused_by_picture(session_of: Callable[..., Session
 def test_a_picture_is_drawn_with_encoders_on_another_device(session_of: Callable[..., Session]) -> None:
     """There is no second device here: states say where they were moved."""
     session = session_of(0)
-    park_encoders(session.sdxl)
+    move_encoders(session.sdxl, "cpu")
     objective, device = session.run.objective, torch.device("meta")
     painter = build_painter(session.config, session.sdxl, session.sdxl.unet, objective, session.run.precision, device)
     assert [states.device.type for states in painter.encode_prompts(["a fox"])] == ["meta"] * 2
@@ -417,11 +419,9 @@ def run(folder: Path, settings: dict[str, Any], name: str) -> list[dict[str, flo
 
 
 def test_a_run_with_one_caption_each_learns_what_a_run_without_does(
-    tmp_path: Path, model: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, model: Path, pictures: Path
 ) -> None:
     still = {"caption_dropout": 0.0, "shuffle": False, "max_tokens": 150}
-    parked = []
-    monkeypatch.setattr("sdxl_training.assemble.session.park_encoders", parked.append)
     losses = [
         [row["loss"] for row in run(tmp_path, settings_of(tmp_path, model, pictures, k, captions=still), f"{k}")]
         for k in (0, 1)
@@ -429,7 +429,58 @@ def test_a_run_with_one_caption_each_learns_what_a_run_without_does(
     assert len(losses[0]) == 3
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
     assert losses[1] != losses[0]  # rounded: the states did come from the disk
-    assert len(parked) == 1
+
+
+@pytest.mark.parametrize("variants", [0, 1])
+def test_the_encoders_are_off_the_gpu_whenever_gradients_are_made_or_pictures_drawn(
+    tmp_path: Path, model: Path, pictures: Path, variants: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also in the rehearsal, so that a dry run tells how much memory the run needs."""
+    happened: list[str] = []
+
+    def note(name: str, work: Callable[..., Any]) -> Callable[..., Any]:
+        def noting(*given: Any) -> Any:
+            happened.append(name)
+            return work(*given)
+
+        return noting
+
+    monkeypatch.setattr(session_module, "move_encoders", lambda _, device: happened.append(f"encoders to {device}"))
+    monkeypatch.setattr(session_module, "fill_text_cache", note("captions", session_module.fill_text_cache))
+    for name in ("add_gradients", "draw_preview", "make_updates"):
+        monkeypatch.setattr(training_module, name, note(name, getattr(training_module, name)))
+    run(tmp_path, settings_of(tmp_path, model, pictures, variants), "run")
+    away, back = (["encoders to cpu"], ["encoders to cpu", "captions"]) if variants else ([], [])
+    assert happened[: happened.index("make_updates")] == [
+        *away,
+        "add_gradients",
+        "draw_preview",
+        *back,  # the device of this run is the CPU
+        *away,
+    ]
+
+
+def test_captions_are_encoded_where_the_encoders_are_and_brought_to_the_device(
+    session_of: Callable[..., Session], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is no second device here: a stand-in for states says where they were moved."""
+    session, moved = session_of(0), []
+
+    class Elsewhere:
+        def __init__(self, states: Tensor) -> None:
+            self.states = states
+
+        def to(self, device: torch.device) -> Tensor:
+            moved.append(device)
+            return self.states
+
+    def encode_elsewhere(*given: Any) -> tuple[Elsewhere, ...]:
+        return tuple(map(Elsewhere, encode_text(*given)))
+
+    monkeypatch.setattr(session_module, "encode_text", encode_elsewhere)
+    assert session.largest_batch()
+    assert moved == [session.group.device] * 2
+    session.close()
 
 
 def test_a_run_with_two_variants_trains_with_workers_and_goes_on_without_encoding(

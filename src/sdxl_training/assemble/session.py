@@ -8,8 +8,10 @@ from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from sdxl_training.assemble.captions import build_tokenizer, caption_rules, check_captions
 from sdxl_training.assemble.dataset import (
@@ -24,7 +26,7 @@ from sdxl_training.assemble.folder import RunFolder
 from sdxl_training.assemble.objective import build_coupling, build_noise, build_objective
 from sdxl_training.assemble.parts import build_update
 from sdxl_training.assemble.resume import check_fits, load_weights, restore
-from sdxl_training.assemble.texts import fill_text_cache, park_encoders, text_folder
+from sdxl_training.assemble.texts import fill_text_cache, move_encoders, text_folder
 from sdxl_training.assemble.weighting import TagParts, build_tags
 from sdxl_training.config.schema import Config
 from sdxl_training.data.encoding import Encoder
@@ -90,7 +92,7 @@ class Session:
         Raises UserError where too many pictures are bad.
         """
         raw = replace(raw, weight_B=raw.weight_B * self.tags.weights.of(raw.pictures))
-        batch = to_batch(raw, partial(encode_text, self.sdxl), self.encoder, self.group.device)
+        batch = to_batch(raw, self._encode_text, self.encoder, self.group.device)
         self.quarantine([*raw.bad, *self.encoder.take_bad()])
         return batch
 
@@ -99,6 +101,11 @@ class Session:
         if self.config.data.captions.null_mode == "zeros":
             return replace(raw, keep_B=torch.zeros_like(raw.keep_B))
         return replace(raw, **self.micro_batches.read_captions([""] * len(raw.slots), [""] * len(raw.slots)))
+
+    def _encode_text(self, *ids_and_weights: Any) -> tuple[Tensor, Tensor]:
+        """Return text_BLD and pooled_BP on the device, wherever the encoders are."""
+        text_BLD, pooled_BP = encode_text(self.sdxl, *ids_and_weights)
+        return text_BLD.to(self.group.device), pooled_BP.to(self.group.device)
 
     def quarantine(self, bad: Sequence[Quarantined]) -> None:
         """Name pictures that turned out to be of no use, each once; raises UserError where there are too many."""
@@ -150,6 +157,11 @@ class Session:
         chunks = [draws[first : first + size] for first in range(0, len(draws), size)]
         return [self.to_device(self.micro_batches.collect(chunk, range(len(chunk)), len(draws))) for chunk in chunks]
 
+    def park_encoders(self) -> None:
+        """Take the text encoders off the GPU where training does: captions come from the cache."""
+        if self.config.data.cache.text_variants:
+            move_encoders(self.sdxl, "cpu")
+
     def fill(self) -> None:
         """Encode every picture, and the captions that are kept, where that is to come first."""
         if self.config.data.cache.mode == "first":
@@ -162,10 +174,11 @@ class Session:
     def _fill_texts(self) -> None:
         """Encode the captions; from then on batches bring their text states, and the GPU is rid of the encoders."""
         records = self.dataset.plan.records
+        move_encoders(self.sdxl, self.group.device)
         with open_store_writer(text_folder(self.config), self.group, self.progress) as writer:
             texts = fill_text_cache(self.config, records, self.sdxl, self.tokenizer, writer, self.group, self.progress)
         self.micro_batches = replace(self.micro_batches, texts=texts)
-        park_encoders(self.sdxl)
+        self.park_encoders()
         self.progress.message("the text encoders left the GPU: captions come from the cache")
 
     def close(self) -> None:

@@ -16,7 +16,7 @@ from sdxl_training.config.schema import Config, cache_folder
 from sdxl_training.data.claims import Claims
 from sdxl_training.data.store_writer import StoreWriter
 from sdxl_training.data.text_states import States, TextCache, TextShape, captions_to_keep, fill_texts
-from sdxl_training.model.sdxl import SDXL, TextParts
+from sdxl_training.model.sdxl import TextParts
 from sdxl_training.model.text import CaptionTokenizer, encode_text, text_fingerprint
 from sdxl_training.parallel.group import Group
 from sdxl_training.records import ImageRecord
@@ -83,9 +83,9 @@ def encode_captions(sdxl: TextParts, tokenizer: CaptionTokenizer, captions: Sequ
     return list(zip(own, pooled_BP, strict=True))
 
 
-def park_encoders(sdxl: SDXL) -> None:
-    """Move the text encoders to the CPU, where they still read the prompts of previews."""
-    sdxl.text_encoder.to("cpu")
-    sdxl.text_encoder_2.to("cpu")
+def move_encoders(text: TextParts, device: torch.device | str) -> None:
+    """Move the text encoders; on the CPU they still read the prompts of previews."""
+    text.text_encoder.to(device)
+    text.text_encoder_2.to(device)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

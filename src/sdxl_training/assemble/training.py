@@ -156,7 +156,9 @@ def rehearse(session: Session) -> None:
     keep_last = session.config.global_config.checkpoints.keep_last
     if session.group.is_main:
         require_space(session.folder.path, weights * copies_of_weights, keep_last)
-    add_gradients(session.run, session.largest_batch())
+    heaviest = session.largest_batch()
+    session.park_encoders()  # as in training: else more memory would seem to be needed than is
+    add_gradients(session.run, heaviest)
     session.run.update.optimizer.zero_grad(set_to_none=True)
     session.run.objective.level_draw.forget()
     session.run.watch.forget()
