@@ -5,13 +5,15 @@
 A cache of random latents (128 KiB each) is written to a temporary folder, with a caption for each. Batches are made as
 in training: latent, noise, a shuffled caption as token ids of the miniature, sizes. Once in place, counted in the
 seconds of the process's own time, times two cores; once by two worker processes that hand them to a third through
-shared memory, by the clock. Beside it, in the same run, the plainest alternative in both forms: one NumPy memory map,
-and as much noise.
+shared memory, by the clock and by the processor time of all three, times two cores, which is what the clock says at
+best, and which other programs disturb less. Beside it, in the same run, the plainest alternative in both forms: one
+NumPy memory map and as much noise, handed over by torch.
 """
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
 import platform
 import statistics
@@ -25,15 +27,16 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 from sdxl_training.data.cache import LATENT_CHANNELS, LATENT_FACTOR, LatentCache, Posterior
 from sdxl_training.data.captions import CaptionRules
 from sdxl_training.data.crops import centre_crop
 from sdxl_training.data.fetching import Stored
-from sdxl_training.data.loader import MicroBatches, open_loader
+from sdxl_training.data.loader import MicroBatches
 from sdxl_training.data.sampler import BatchSchedule
 from sdxl_training.data.store_writer import StoreWriter
+from sdxl_training.data.workers import open_loader
 from sdxl_training.model.load import load_sdxl
 from sdxl_training.model.text import caption_tokenizer
 from sdxl_training.objectives.noise import Noise
@@ -120,7 +123,13 @@ def plain_loader(folder: Path, latents: int) -> Iterable[object]:
         written = np.memmap(path, np.float16, "w+", shape=(latents, *SHAPE))
         written[:] = np.random.default_rng(0).standard_normal(written.shape, np.float32)
         written.flush()
-    return DataLoader(Plain(path, latents), BATCH, shuffle=True, num_workers=WORKERS, prefetch_factor=2)
+    return DataLoader(
+        Plain(path, latents),
+        BATCH,
+        sampler=RandomSampler(range(latents), replacement=True, num_samples=10**8),
+        num_workers=WORKERS,
+        prefetch_factor=2,
+    )
 
 
 def samples_a_cpu_second(batch_at: Callable[[int], object], steps: int) -> float:
@@ -133,15 +142,30 @@ def samples_a_cpu_second(batch_at: Callable[[int], object], steps: int) -> float
     return steps * BATCH / (time.process_time() - began)
 
 
-def samples_a_second(batches: Iterable[object], steps: int) -> float:
-    """Return the rate over `steps` batches after the first few, in which processes start and files are opened."""
+def processor_seconds() -> float:
+    """Return the processor time of this process and its children."""
+    ticks = 0
+    for pid in [os.getpid(), *(child.pid for child in multiprocessing.active_children())]:
+        ticks += sum(map(int, Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]))
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def samples_a_second(batches: Iterable[object], steps: int) -> tuple[float, float]:
+    """Return the rate by the clock and by processor time on two cores, without the start of the processes."""
     iterator = iter(batches)
-    for _ in range(10):
+    for _ in range(20):
         next(iterator)
-    began = time.perf_counter()
+    began, used = time.perf_counter(), processor_seconds()
     for _ in range(steps):
         next(iterator)
-    return steps * BATCH / (time.perf_counter() - began)
+    samples = steps * BATCH
+    return samples / (time.perf_counter() - began), 2 * samples / (processor_seconds() - used)
+
+
+def note_workers(rates: dict[str, list[float]], title: str, batches: Iterable[object], steps: int) -> None:
+    by_clock, by_processor = samples_a_second(batches, steps)
+    rates.setdefault(f"two workers, by the clock, {title}", []).append(by_clock)
+    rates.setdefault(f"two workers, by processor time, {title}", []).append(by_processor)
 
 
 def main() -> None:
@@ -164,10 +188,7 @@ def main() -> None:
             for i, (title, posterior, compression) in enumerate(cases)
         }
         for _ in range(arguments.repeats):
-            plain = samples_a_second(
-                plain_loader(folder, arguments.latents), min(arguments.steps, arguments.latents // BATCH - 10)
-            )
-            rates.setdefault("two workers, plain: memory map and noise", []).append(plain)
+            note_workers(rates, "plain: memory map and noise", plain_loader(folder, arguments.latents), arguments.steps)
             plain_data = Plain(folder / "latents.bin", arguments.latents)
 
             def plain_batch(step: int, data: Plain = plain_data) -> list[Tensor]:
@@ -181,7 +202,7 @@ def main() -> None:
                     2 * samples_a_cpu_second(data.__getitem__, arguments.steps)
                 )
                 with closing(open_loader(data, 0, 10**6, WORKERS, pin=False)) as loader:
-                    rates.setdefault(f"two workers, {title}", []).append(samples_a_second(loader, arguments.steps))
+                    note_workers(rates, title, loader, arguments.steps)
     reference = statistics.median(rates[PLAIN])
     print("# The loader when everything is cached\n")
     print(

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from copy import deepcopy
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -18,8 +19,9 @@ from sdxl_training.data.captions import CaptionRules
 from sdxl_training.data.crops import Cut
 from sdxl_training.data.fetching import Stored, Unencoded
 from sdxl_training.data.images import UnreadablePicture
-from sdxl_training.data.loader import MicroBatches, RawBatch, _outlive_the_first_signal, open_loader, to_batch
+from sdxl_training.data.loader import MicroBatches, RawBatch, to_batch
 from sdxl_training.data.sampler import BatchSchedule
+from sdxl_training.data.workers import _outlive_the_first_signal, open_loader
 from sdxl_training.objectives.couplings import ConditionalTransport, OptimalTransport
 from sdxl_training.objectives.noise import Noise
 from sdxl_training.records import Bucket, ImageRecord, Quarantined, UserError
@@ -87,6 +89,11 @@ def same(one: RawBatch, other: RawBatch) -> bool:
     return all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in pairs)
 
 
+def kept(loader) -> list[list[RawBatch]]:
+    """Return all steps of a loader, whose memory is used again."""
+    return [deepcopy(batches) for batches in loader]
+
+
 def joined(batches: list[RawBatch]) -> RawBatch:
     """Return the micro-batches of one update as one, in the order of the global batch."""
     assert len({batch.step for batch in batches}) == 1
@@ -104,7 +111,7 @@ def joined(batches: list[RawBatch]) -> RawBatch:
 
 @pytest.fixture(scope="module")
 def alone():
-    return list(open_loader(micro_batches(2, 2), 0, 12, workers=0, pin=False))
+    return kept(open_loader(micro_batches(2, 2), 0, 12, workers=0, pin=False))
 
 
 def test_a_batch_is_complete_and_right(alone):
@@ -133,14 +140,14 @@ def test_a_batch_is_complete_and_right(alone):
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_workers_do_not_change_a_bit(alone, workers):
-    made = list(open_loader(micro_batches(2, 2), 0, 12, workers=workers, pin=False))
+    made = kept(open_loader(micro_batches(2, 2), 0, 12, workers=workers, pin=False))
     assert len(made) == 12
     assert all(same(joined(a), joined(b)) for a, b in zip(alone, made, strict=True))
     assert multiprocessing.active_children() == []
 
 
 def test_starting_in_the_middle_is_the_same_as_arriving_there(alone):
-    made = list(open_loader(micro_batches(2, 2), 7, 12, workers=1, pin=False))
+    made = kept(open_loader(micro_batches(2, 2), 7, 12, workers=1, pin=False))
     assert all(same(joined(a), joined(b)) for a, b in zip(alone[7:], made, strict=True))
 
 
@@ -285,7 +292,7 @@ def test_a_caption_that_is_dropped_may_be_the_empty_string():
 @pytest.mark.parametrize("workers", [0, 1])
 def test_weights_reach_the_encoders_with_their_tokens(workers):
     whole = micro_batches(4, tokenize=tokenize_with_weights)
-    halves = list(open_loader(micro_batches(2, 2, tokenize=tokenize_with_weights), 0, 4, workers, pin=False))
+    halves = kept(open_loader(micro_batches(2, 2, tokenize=tokenize_with_weights), 0, 4, workers, pin=False))
     given = []
 
     def encode_text(ids_1_BL, ids_2_BL, weights_EBL):
@@ -332,7 +339,7 @@ def test_a_coupling_moves_noise_and_nothing_else(couple):
 @SPLITS
 def test_a_coupling_spans_the_global_batch_however_it_is_split(couple, batch_size, accumulation, world_size):
     """One of the splits has micro-batches of one sample: noise that only changed hands within them would stay."""
-    whole = list(open_loader(micro_batches(4, couple=couple, **NEAR), 0, 8, workers=0, pin=False))
+    whole = kept(open_loader(micro_batches(4, couple=couple, **NEAR), 0, 8, workers=0, pin=False))
     loaders = [
         open_loader(
             micro_batches(batch_size, accumulation, rank, world_size, couple=couple, **NEAR),
@@ -399,7 +406,7 @@ def neighbour(number: int, bad: tuple[int, ...]) -> int:
 @pytest.mark.parametrize("bad", [(5,), (15, 0), (3, 6, 9, 12, 15)])
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_bad_picture_is_replaced_by_its_neighbour_and_named(alone, bad, workers):
-    made = list(open_loader(micro_batches(2, 2, fetch=Latents(*bad)), 0, 12, workers=workers, pin=False))
+    made = kept(open_loader(micro_batches(2, 2, fetch=Latents(*bad)), 0, 12, workers=workers, pin=False))
     named = set()
     for step, (before, after) in enumerate(zip(alone, made, strict=True)):
         draws = micro_batches(2, 2).schedule.batch_at(step)[1]
@@ -456,7 +463,7 @@ def no_text(ids_1_BL, ids_2_BL, weights_EBL):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_pictures_encoded_on_arrival_are_what_the_cache_would_give(alone, workers):
-    made = list(open_loader(micro_batches(2, 2, fetch=Pixels().fetch), 0, 12, workers=workers, pin=False))
+    made = kept(open_loader(micro_batches(2, 2, fetch=Pixels().fetch), 0, 12, workers=workers, pin=False))
     for expected, raw in zip(itertools.chain(*alone), itertools.chain(*made), strict=True):
         assert set(raw.unencoded) == {b for b, sample_id in enumerate(raw.sample_ids) if sample_id % 2 == 0}
         batch = to_batch(raw, no_text, Pixels().encode, torch.device("cpu"))
@@ -501,10 +508,10 @@ def test_leaving_early_leaves_no_process_behind():
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_to_the_process_group_does_not_cost_the_update(alone, number):
     loader = open_loader(micro_batches(2, 2), 0, 12, workers=2, pin=False)
-    made = [next(loader)]
+    made = deepcopy([next(loader)])
     for worker in multiprocessing.active_children():
         os.kill(worker.pid, number)
-    made += list(loader)
+    made += kept(loader)
     assert all(same(joined(a), joined(b)) for a, b in zip(alone, made, strict=True))
     assert multiprocessing.active_children() == []
 
@@ -547,9 +554,10 @@ def test_work_is_done_in_other_processes(tmp_path):
     assert not (tmp_path / str(os.getpid())).exists()
 
 
-def test_opening_a_loader_leaves_the_global_generator_alone():
+@pytest.mark.parametrize("workers", [0, 1])
+def test_opening_a_loader_leaves_the_global_generator_alone(workers):
     before = torch.get_rng_state()
-    list(open_loader(micro_batches(), 0, 2, workers=0, pin=False))
+    list(open_loader(micro_batches(), 0, 2, workers, pin=False))
     assert torch.equal(before, torch.get_rng_state())
 
 

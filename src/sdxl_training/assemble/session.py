@@ -31,9 +31,10 @@ from sdxl_training.assemble.weighting import TagParts, build_tags
 from sdxl_training.config.schema import Config
 from sdxl_training.data.encoding import Encoder
 from sdxl_training.data.images import RESAMPLING
-from sdxl_training.data.loader import MicroBatches, RawBatch, open_loader, to_batch
+from sdxl_training.data.loader import MicroBatches, RawBatch, to_batch
 from sdxl_training.data.sampler import slots_of_part
 from sdxl_training.data.store_writer import Compression, StoreWriter
+from sdxl_training.data.workers import open_loader
 from sdxl_training.memory.checkpointing import recompute_activations
 from sdxl_training.memory.precision import autocast
 from sdxl_training.model.latents import encode_latents, encode_latents_exactly, set_up_vae, vae_fingerprint

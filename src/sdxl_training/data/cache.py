@@ -164,7 +164,7 @@ class LatentCache:
     def served(self, moments_KCHW: Tensor) -> Latent:
         """Return what reading gives for these stored moments: fp32, on their device."""
         mean_CHW, *std = moments_KCHW.to(torch.float32)
-        return mean_CHW, torch.zeros_like(mean_CHW) if self.posterior == "mean" else std[0]
+        return mean_CHW, mean_CHW.new_zeros(()).expand_as(mean_CHW) if self.posterior == "mean" else std[0]
 
     def origin(self, sample_id: int, content: bytes, plan: CropPlan) -> NDArray[np.void]:
         """Return what an entry is made from, in a few numbers."""

@@ -6,21 +6,15 @@ encoders, L tokens, D text width, P pooled text width.
 
 from __future__ import annotations
 
-import multiprocessing
-import signal
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from itertools import islice
-from multiprocessing.util import Finalize
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
-from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
+from torch.utils.data import Dataset
 
 from sdxl_training.data.cache import LATENT_CHANNELS, LATENT_FACTOR, Posterior
 from sdxl_training.data.captions import CaptionRules, draw_caption
@@ -33,8 +27,8 @@ from sdxl_training.records import Batch, Conditioning, CropPlan, Draw, ImageReco
 from sdxl_training.rng import Stream, numpy_generator, torch_generator
 
 FetchLatent = Callable[[ImageRecord, CropPlan], Stored | Unencoded]
-DrawNoise = Callable[[Tensor, int, int, int], Tensor]
-"""(latent_CHW, seed, visit, sample id) -> noise_CHW, float32."""
+DrawNoise = Callable[[Tensor, int, int, int, Tensor], Tensor]
+"""(latent_CHW, seed, visit, sample id, out_CHW) -> noise_CHW, float32, written into `out_CHW`."""
 Couple = Callable[[Tensor, Tensor, Sequence[Sequence[str]]], Tensor]
 """(latents_GCHW, noise_GCHW, tags of each caption) of a global batch -> which noise each sample gets, G integers."""
 Tokenize = Callable[[list[str]], tuple[Tensor, Tensor, Tensor | None]]
@@ -43,8 +37,8 @@ EncodeText = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
 """What `Tokenize` returns -> (text_BLD, pooled_BP)."""
 EncodePixels = Callable[[Sequence[Unencoded]], Sequence[tuple[Tensor, Tensor] | None]]
 """pictures of one bucket -> mean_CHW and std_CHW of each, fp32, on the device; None where it has no finite latent."""
-
-PREFETCHED_STEPS = 2
+Empty = Callable[[Sequence[int]], Tensor]
+"""shape -> float32 to be written to: where a batch's latents and noise are to lie."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +74,7 @@ class RawBatch:
     pooled_BP: Tensor | None = None
 
     def pin_memory(self) -> RawBatch:
-        """Return the batch in page-locked memory, from which copies to a GPU do not block."""
+        """Return a copy in page-locked memory, from which copies to a GPU do not block."""
         tensors = [one.name for one in fields(self) if isinstance(getattr(self, one.name), Tensor)]
         pinned: dict[str, Any] = {name: getattr(self, name).pin_memory() for name in tensors}
         return replace(self, **pinned)
@@ -88,12 +82,12 @@ class RawBatch:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A draw that can be trained: its record, how it is prepared, and what the cache has of it."""
+    """A draw that can be trained: its record, how it is prepared, and its pixels where the cache has no latent."""
 
     draw: Draw
     record: ImageRecord
     plan: CropPlan
-    latent: Stored | Unencoded
+    unencoded: Unencoded | None
 
 
 @dataclass(frozen=True)
@@ -143,11 +137,15 @@ class MicroBatches(Dataset[RawBatch]):
 
     def __getitem__(self, position: int) -> RawBatch:
         """Return micro-batch `position`; raises UserError, naming the picture, where a latent cannot be used."""
+        return self.make(position, torch.empty)
+
+    def make(self, position: int, empty: Empty) -> RawBatch:
+        """Return micro-batch `position` with latents and noise in memory from `empty`, but for coupled noise."""
         step, micro = divmod(position, self.accumulation)
         _, draws = self.schedule.batch_at(step)
         slots = slots_of_part(len(draws), micro * self.world_size + self.rank, self.parts)
         noise_BCHW = None if self.couple is None else self._coupled_noise(step, draws)[slots.start : slots.stop]
-        batch = self.collect([draws[slot] for slot in slots], slots, len(draws), step, noise_BCHW)
+        batch = self.collect([draws[slot] for slot in slots], slots, len(draws), step, noise_BCHW, empty)
         self._refuse_unencoded(batch)
         return batch
 
@@ -158,15 +156,15 @@ class MicroBatches(Dataset[RawBatch]):
         global_batch: int,
         step: int = 0,
         noise_BCHW: Tensor | None = None,
+        empty: Empty = torch.empty,
     ) -> RawBatch:
         """Return the batch of these draws, all of one bucket; each with its own noise where none is given."""
         known_bad = len(self._bad)
-        samples = [self._sample(draw) for draw in draws]
+        samples, latents_BCHW = self._samples(draws, empty)
         captions = [self._caption(sample) for sample in samples]
-        latents_BCHW = torch.stack([self._latent(sample) for sample in samples])
         return RawBatch(
             latents_BCHW=latents_BCHW,
-            noise_BCHW=self._noise(samples, latents_BCHW) if noise_BCHW is None else noise_BCHW,
+            noise_BCHW=self._noise(samples, latents_BCHW, empty) if noise_BCHW is None else noise_BCHW,
             **self.read_captions([caption or "" for caption in captions], [sample.record.path for sample in samples]),
             keep_B=torch.tensor([caption is not None for caption in captions]),
             time_ids_B6=torch.tensor([sample.plan.time_ids for sample in samples], dtype=torch.float32),
@@ -178,25 +176,30 @@ class MicroBatches(Dataset[RawBatch]):
             global_batch=global_batch,
             pictures=tuple(sample.record.picture for sample in samples),
             tagged=tuple(one.record.picture if told else -1 for one, told in zip(samples, captions, strict=True)),
-            unencoded={b: one.latent for b, one in enumerate(samples) if isinstance(one.latent, Unencoded)},
+            unencoded={b: one.unencoded for b, one in enumerate(samples) if one.unencoded is not None},
             bad=tuple(self._bad.values())[known_bad:],
         )
 
-    def _noise(self, samples: Sequence[Sample], latents_BCHW: Tensor) -> Tensor:
-        noise = [
-            self.draw_noise(latent_CHW, self.seed, sample.draw.visit, sample.record.sample_id)
-            for sample, latent_CHW in zip(samples, latents_BCHW, strict=True)
-        ]
-        return torch.stack(noise)
+    def _samples(self, draws: Sequence[Draw], empty: Empty) -> tuple[list[Sample], Tensor]:
+        """Return the samples of these draws and latents_BCHW. What is read of one is let go before the next is read."""
+        height, width = (side // LATENT_FACTOR for side in self.variants[draws[0].record][0].bucket.size_hw)
+        latents_BCHW = empty((len(draws), LATENT_CHANNELS, height, width))
+        samples = [self._sample(draw, out_CHW) for draw, out_CHW in zip(draws, latents_BCHW, strict=True)]
+        return samples, latents_BCHW
+
+    def _noise(self, samples: Sequence[Sample], latents_BCHW: Tensor, empty: Empty) -> Tensor:
+        noise_BCHW = empty(latents_BCHW.shape)
+        for sample, latent_CHW, noise_CHW in zip(samples, latents_BCHW, noise_BCHW, strict=True):
+            self.draw_noise(latent_CHW, self.seed, sample.draw.visit, sample.record.sample_id, noise_CHW)
+        return noise_BCHW
 
     def _coupled_noise(self, step: int, draws: Sequence[Draw]) -> Tensor:
         """Return the global batch's noise in its new order; kept for the step's other micro-batches."""
         if self.couple is None:
             raise ValueError("there is no coupling")
         if step not in self._coupled:
-            samples = [self._sample(draw) for draw in draws]
-            latents_GCHW = torch.stack([self._latent(sample) for sample in samples])
-            noise_GCHW = self._noise(samples, latents_GCHW)
+            samples, latents_GCHW = self._samples(draws, torch.empty)
+            noise_GCHW = self._noise(samples, latents_GCHW, torch.empty)
             tags = [sample.record.tags for sample in samples]
             self._coupled.clear()
             self._coupled[step] = noise_GCHW[self.couple(latents_GCHW, noise_GCHW, tags)]
@@ -211,8 +214,8 @@ class MicroBatches(Dataset[RawBatch]):
                 "finite latent of it: take the picture out, or use another model.vae_precision."
             )
 
-    def _sample(self, draw: Draw) -> Sample:
-        """Return the draw, or with the same visit the next picture of its bucket that can be used."""
+    def _sample(self, draw: Draw, out_CHW: Tensor) -> Sample:
+        """Return the draw, or with the same visit the next picture of its bucket that can be used; write its latent."""
         for number in self._from(draw.record):
             record = self.records[number]
             if record.picture in self._bad:
@@ -220,9 +223,13 @@ class MicroBatches(Dataset[RawBatch]):
             variants = self.variants[number]
             plan = variants[variant_of_visit(self.seed, record.sample_id, draw.visit, len(variants))]
             try:
-                return Sample(Draw(number, draw.visit), record, plan, self.fetch(record, plan))
+                fetched = self.fetch(record, plan)
             except UnreadablePicture as error:
                 self._bad[record.picture] = Quarantined(record.path, error.reason)
+                continue
+            self._write(fetched, record, draw.visit, out_CHW)
+            unencoded = fetched if isinstance(fetched, Unencoded) else None
+            return Sample(Draw(number, draw.visit), record, plan, unencoded)
         bucket = self.variants[draw.record][0].bucket
         first = self._bad[self.records[draw.record].picture]
         raise UserError(
@@ -252,103 +259,27 @@ class MicroBatches(Dataset[RawBatch]):
         no_ids = dict.fromkeys(("ids_1_BL", "ids_2_BL"), torch.empty(len(captions), 0, dtype=torch.int64))
         return {**no_ids, "weights_EBL": None, "text_BLD": text_BLD, "pooled_BP": pooled_BP}
 
-    def _latent(self, sample: Sample) -> Tensor:
-        """Return a latent_CHW, or for a picture without one the standard normal numbers that will make it a draw."""
-        record, latent = sample.record, sample.latent
-        if isinstance(latent, Unencoded):
-            return self._normal(sample)
-        latent_CHW = latent.mean_CHW
+    def _write(self, fetched: Stored | Unencoded, record: ImageRecord, visit: int, out_CHW: Tensor) -> None:
+        """Write a latent, or for a picture without one the standard normal numbers that will make it a draw.
+
+        Where it is the mean that counts, these are zeros.
+        """
         if self.posterior == "sample":
-            latent_CHW = torch.addcmul(latent_CHW, latent.std_CHW, self._normal(sample))
-        if not latent_CHW.sum().isfinite():  # as good as asking each value, and twenty times as fast
+            generator = torch_generator(self.seed, Stream.POSTERIOR, visit, record.sample_id)
+            torch.randn(out_CHW.shape, generator=generator, out=out_CHW)
+        if isinstance(fetched, Unencoded):
+            if self.posterior == "mean":
+                out_CHW.zero_()
+            return
+        if self.posterior == "sample":
+            torch.addcmul(fetched.mean_CHW, fetched.std_CHW, out_CHW, out=out_CHW)
+        else:
+            out_CHW.copy_(fetched.mean_CHW)
+        if not out_CHW.sum().isfinite():  # as good as asking each value, and twenty times as fast
             raise UserError(
                 f"{record.path}: its cached latent holds values that are not finite. Delete the cache, so that it is "
                 "encoded anew, or take the picture out of the data set."
             )
-        return latent_CHW
-
-    def _normal(self, sample: Sample) -> Tensor:
-        """Return the numbers of a draw from the posterior; zeros, where it is the mean that counts."""
-        height, width = (side // LATENT_FACTOR for side in sample.plan.bucket.size_hw)
-        if self.posterior == "mean":
-            return torch.zeros(LATENT_CHANNELS, height, width)
-        generator = torch_generator(self.seed, Stream.POSTERIOR, sample.draw.visit, sample.record.sample_id)
-        return torch.randn((LATENT_CHANNELS, height, width), generator=generator)
-
-
-@dataclass(frozen=True, slots=True)
-class _Failure:
-    """A user error on its way from a worker: torch would wrap it in a traceback."""
-
-    message: str
-
-
-@dataclass(frozen=True)
-class _Guarded(Dataset["RawBatch | _Failure"]):
-    dataset: MicroBatches
-
-    def __getitem__(self, position: int) -> RawBatch | _Failure:
-        try:
-            return self.dataset[position]
-        except UserError as error:
-            return _Failure(str(error))
-
-
-def open_loader(
-    dataset: MicroBatches, first_step: int, last_step: int, workers: int, pin: bool
-) -> Generator[list[RawBatch], None, None]:
-    """Yield the micro-batches of each step in [first_step, last_step), in order, made ahead by `workers` processes.
-
-    Closing the iterator ends the workers. Raises UserError where a picture's latent cannot be read.
-    """
-    accumulation = dataset.accumulation
-    loader = DataLoader(
-        _Guarded(dataset),
-        batch_size=None,
-        sampler=range(first_step * accumulation, last_step * accumulation),
-        num_workers=workers,
-        prefetch_factor=PREFETCHED_STEPS * accumulation if workers else None,
-        multiprocessing_context=multiprocessing.get_context("fork") if workers else None,
-        worker_init_fn=_outlive_the_first_signal,
-        pin_memory=pin,
-        generator=torch.Generator(),  # its own, so that opening a loader leaves the global generator alone
-    )
-    made = iter(loader)
-    with _ending_workers(made):
-        for _ in range(first_step, last_step):
-            yield [_checked(batch) for batch in islice(made, accumulation)]
-
-
-@contextmanager
-def _ending_workers(made: Iterator[object]) -> Iterator[None]:
-    """End the worker processes on leaving, or at the program's exit where the iterator was never closed.
-
-    Torch leaves the first to the garbage collector, which an exception's traceback keeps waiting.
-    """
-    if not isinstance(made, _MultiProcessingDataLoaderIter):
-        yield
-        return
-    # Unlike atexit, this also runs where the program is itself a child process.
-    end = Finalize(None, made._shutdown_workers, exitpriority=0)
-    try:
-        yield
-    finally:
-        end()
-
-
-def _outlive_the_first_signal(_worker: int) -> None:
-    """Let Ctrl-C and a first SIGTERM pass: they reach the whole process group while the trainer ends its update.
-
-    A second SIGTERM ends the worker: that is how the parent gets rid of one that is stuck.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
-
-
-def _checked(batch: RawBatch | _Failure) -> RawBatch:
-    if isinstance(batch, _Failure):
-        raise UserError(batch.message)
-    return batch
 
 
 def to_batch(raw: RawBatch, encode_text: EncodeText, encode_pixels: EncodePixels, device: torch.device) -> Batch:
