@@ -44,7 +44,6 @@ def cache(loaded: LoadedConfig, verify: bool) -> None:
         raise UserError(
             "data.cache.mode = none: nothing is kept, so there is nothing to fill. Set it to first or ahead."
         )
-    config = filled_first(config)
     rank, processes = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     group = Group(rank, processes, own_device(config.global_config.device))
     console = Console()
@@ -91,9 +90,3 @@ def verify_cache(config: Config, progress: Progress) -> None:
         for damage in damaged:
             progress.message(str(damage))
         progress.message(f"{len(store)} {what} are whole" + ("" if damaged else "; none is damaged"))
-
-
-def filled_first(config: Config) -> Config:
-    """Return the configuration with a cache that is filled at once."""
-    filled = config.data.cache.model_copy(update={"mode": "first"})
-    return config.model_copy(update={"data": config.data.model_copy(update={"cache": filled})})

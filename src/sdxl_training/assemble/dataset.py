@@ -170,7 +170,7 @@ def arithmetic(config: Config, schedule: BatchSchedule, processes: int) -> str:
 class Dataset:
     """Pictures in order: what the loader reads and what decides which sample comes when.
 
-    cache: where latents are kept, or None where nothing is. preparer: what decodes in bulk where that comes first.
+    cache: where latents are kept, and preparer: what decodes for them in bulk; None where nothing is kept.
     latents_are: what decides a latent beside the picture and its crop, as text.
     """
 
@@ -248,12 +248,10 @@ def prepare_dataset(
 ) -> Dataset:
     """Find and plan the pictures, and open the cache; nothing is encoded. processes: see `find_pictures`."""
     found = find_pictures(config, progress, processes)
-    background, mode = config.data.preprocessing.background, config.data.cache.mode
-    preparer = open_preparer(config, group.device) if mode == "first" else None
+    background = config.data.preprocessing.background
+    preparer = open_preparer(config, group.device)
     recipe = RESAMPLING if preparer is None else preparer.recipe
-    cache = None
-    if mode != "none":
-        cache = LatentCache(latent_folder(config), vae_fingerprint, config.data.cache.posterior, background, recipe)
+    cache = None if preparer is None else open_latents(config, vae_fingerprint, recipe)
     fetch = Fetch(found.pictures, found.contents, cache, background)
     schedule = build_schedule(config, found.plan, group.world_size)
     latents_are = f"{vae_fingerprint} {CODE_VERSION} {recipe} {background} {config.data.cache.posterior}"
@@ -265,11 +263,24 @@ def latent_folder(config: Config) -> Path:
     return Path(cache_folder(config)) / "latents"
 
 
-def open_preparer(config: Config, device: torch.device) -> Preparer:
-    """Return what decodes pictures in bulk on this process."""
-    preprocessing = config.data.preprocessing
+def open_latents(config: Config, vae_fingerprint: str, recipe: str) -> LatentCache:
+    """Return the latents that this VAE makes of pixels prepared like this; recipe: see `Preparer`."""
+    cache, background = config.data.cache, config.data.preprocessing.background
+    return LatentCache(latent_folder(config), vae_fingerprint, cache.posterior, background, recipe)
+
+
+def open_preparer(config: Config, device: torch.device) -> Preparer | None:
+    """Return what makes the pixels of this configuration's latents in bulk on this device; None where none are kept.
+
+    Its recipe is that of the latents. Where training itself prepares what is not there yet, it does so on the CPU: then
+    the pixels of bulk are made there, too, or training would not find what they became.
+    """
+    mode, preprocessing = config.data.cache.mode, config.data.preprocessing
+    if mode == "none":
+        return None
+    backend = preprocessing.backend if mode == "first" else "cpu"
     cuda_device = (device.index or 0) if device.type == "cuda" else None
-    return choose_backend(preprocessing.backend, cuda_device, batch_size=PIECE, background=preprocessing.background)
+    return choose_backend(backend, cuda_device, batch_size=PIECE, background=preprocessing.background)
 
 
 def fill_cache(config: Config, dataset: Dataset, encoder: Encoder, group: Group, progress: Progress) -> None:

@@ -6,14 +6,23 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 from rich.console import Console
 
-from sdxl_training.assemble.dataset import FoundPictures, build_schedule, find_pictures, latent_folder
+from sdxl_training.assemble.dataset import (
+    FoundPictures,
+    build_schedule,
+    find_pictures,
+    latent_folder,
+    open_latents,
+    open_preparer,
+)
 from sdxl_training.assemble.plan_report import (
     CAPTIONS_COUNTED,
     CacheState,
@@ -40,6 +49,7 @@ from sdxl_training.data.statistics import (
 from sdxl_training.model.latents import set_up_vae, vae_fingerprint
 from sdxl_training.model.load import is_local, load_vae
 from sdxl_training.model.text import plain_text
+from sdxl_training.parallel.group import own_device
 from sdxl_training.records import UserError
 from sdxl_training.tracking.progress import ConsoleProgress, open_log
 
@@ -166,12 +176,27 @@ def cache_state(config: Config, found: FoundPictures, cache: LatentCache | None 
     if cache is None and not is_local(source):
         return state
     if cache is None:
+        try:
+            recipe = recipe_here(config)
+        except UserError as error:
+            return replace(state, unknown=f"a run cannot prepare its pictures on this machine: {error}")
         vae = set_up_vae(load_vae(source, "cpu"), config.model.vae_precision, config.model.vae_tiling)
-        background = config.data.preprocessing.background
-        cache = LatentCache(folder, vae_fingerprint(vae), config.data.cache.posterior, background)
+        cache = open_latents(config, vae_fingerprint(vae), recipe)
     to_encode = why_encode(cache, found)
     latents -= to_encode.pop(UNUSABLE, 0)  # nobody will ever make those
     return replace(state, latents=latents, there=latents - sum(to_encode.values()), to_encode=to_encode, unknown="")
+
+
+def recipe_here(config: Config) -> str:
+    """Return how a run on this machine would make the pixels of its latents; raises UserError where it could not."""
+    # Only bulk that comes first may be prepared on a GPU: all else is planned where there is none.
+    bulk = config.data.cache.mode == "first" and config.data.preprocessing.backend != "cpu"
+    device = own_device(config.global_config.device) if bulk else torch.device("cpu")
+    preparer = open_preparer(config, device)
+    if preparer is None:
+        raise ValueError("no latents are kept")
+    with closing(preparer):
+        return preparer.recipe
 
 
 def why_encode(cache: LatentCache, found: FoundPictures) -> dict[str, int]:
