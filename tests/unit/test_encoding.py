@@ -1,5 +1,8 @@
 """Pixels become latents: batched, checked, stored batch by batch, and handed out as the cache gives them back."""
 
+import logging
+from contextlib import contextmanager
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +12,7 @@ from sdxl_training.data.encoding import NOT_FINITE, Encoder, encode_finite
 from sdxl_training.data.fetching import Unencoded
 from sdxl_training.data.images import digest_content, to_model_range
 from sdxl_training.data.store_writer import StoreWriter
-from sdxl_training.records import Bucket, CropPlan, Quarantined
+from sdxl_training.records import Bucket, CropPlan, Quarantined, UserError
 from tests.latents import Vae
 
 CPU = torch.device("cpu")
@@ -198,3 +201,85 @@ def test_what_is_not_finite_in_half_precision_is_encoded_again_in_fp32() -> None
     latents = encode_finite(encode, pixels_BCHW, exactly)
     assert [None if latent is None else latent[0].item() for latent in latents] == [0.0, 2.0, 1.0]
     assert alone == [1]
+
+
+# A device without room
+
+
+class Full:
+    """A VAE on a device with room for so many pictures at once; in tiles, a picture takes a quarter of its room."""
+
+    def __init__(self, room: float, scale: float = 1.0):
+        self.vae, self.room, self.tiled = Vae(scale), room, False
+        self.refused: list[int] = []
+
+    def __call__(self, pixels_BCHW):
+        if len(pixels_BCHW) * (0.25 if self.tiled else 1.0) > self.room:
+            self.refused.append(len(pixels_BCHW))
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+        return self.vae(pixels_BCHW)
+
+    @contextmanager
+    def in_tiles(self):
+        self.tiled = True
+        try:
+            yield
+        finally:
+            self.tiled = False
+
+
+def said(caplog):
+    return [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5, 7, 100])
+@pytest.mark.parametrize("room", range(1, 8))
+def test_batches_are_halved_until_there_is_room_and_nothing_else_changes(tmp_path, caplog, batch_size, room):
+    vae, cache = Full(room), LatentCache(tmp_path, "vae")
+    with StoreWriter(tmp_path) as writer:
+        encoder = Encoder(vae, CPU, batch_size, cache, writer, in_tiles=vae.in_tiles)
+        latents = encoder(PICTURES)
+        refused = len(vae.refused)
+        encoder(PICTURES)
+    for one, latent in zip(PICTURES, latents, strict=True):
+        torch.testing.assert_close(latent[0], alone(one)[0], rtol=1e-3, atol=1e-3)
+    assert len(vae.refused) == refused, "the second time it is known what fits"
+    assert len(said(caplog)) == (refused > 0)
+    assert all(words in text for text in said(caplog) for words in (f"{batch_size} pictures of 16x32", "from now on"))
+    cache.refresh()
+    assert [cache.has(one.content, one.plan) for one in PICTURES] == [True] * 7
+
+
+def test_a_picture_that_does_not_fit_alone_goes_in_tiles_and_the_others_do_not(caplog):
+    vae = Full(0.5)
+    encoder = Encoder(vae, CPU, 3, in_tiles=vae.in_tiles)
+    latents = encoder(PICTURES)
+    for one, latent in zip(PICTURES, latents, strict=True):
+        torch.testing.assert_close(latent, alone(one), rtol=0, atol=0)
+    assert [text for text in said(caplog) if "in tiles" in text] == [text for text in said(caplog) if "/0.png" in text]
+    assert len(said(caplog)) == 2, "that the batch is smaller, and the tiles, each once"
+    vae.room = 1.0
+    vae.refused.clear()
+    encoder(PICTURES)
+    assert vae.refused == []
+    assert not vae.tiled
+
+
+def test_the_retry_in_fp32_has_its_room_looked_after_as_well():
+    """What is not finite is tried again in fp32, which takes more room: in tiles, if that is what it needs."""
+    vae, exactly = Full(8, scale=float("nan")), Full(0.5)
+    encoder = Encoder(vae, CPU, 2, exactly=exactly, in_tiles=exactly.in_tiles)
+    for one, latent in zip(PICTURES, encoder(PICTURES), strict=True):
+        torch.testing.assert_close(latent, alone(one), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("tiles", [False, True])
+def test_a_picture_for_which_there_is_no_room_at_all_ends_with_a_sentence(tmp_path, tiles):
+    cache, vae = LatentCache(tmp_path, "vae"), Full(0.1)
+    with StoreWriter(tmp_path) as writer:
+        encoder = Encoder(vae, CPU, 3, cache, writer, in_tiles=vae.in_tiles if tiles else None)
+        with pytest.raises(UserError, match=r"/0.png: the device has no room .* 16x32") as caught:
+            encoder(PICTURES)
+    assert ("Set model.vae_tiling: true" in str(caught.value)) == (not tiles)
+    assert "model.vae_precision: bf16" in str(caught.value)
+    assert ("and in tiles" in str(caught.value)) == tiles

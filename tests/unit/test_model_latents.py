@@ -12,6 +12,7 @@ from sdxl_training.model.latents import (
     decode_latents,
     encode_latents,
     encode_latents_exactly,
+    in_tiles,
     set_up_vae,
     vae_fingerprint,
 )
@@ -112,3 +113,18 @@ def test_tiles_see_what_the_whole_picture_sees(vae: AutoencoderKL) -> None:
     assert parts.shape == whole.shape == (1, 4, 12, 20)
     assert not torch.equal(parts, whole)
     assert (parts - whole).abs().mean() < 0.5 * whole.std()
+
+
+@pytest.mark.parametrize("tiled", [False, True])
+def test_tiles_for_a_while_leave_the_vae_as_it_was(vae: AutoencoderKL, tiled: bool) -> None:
+    own = set_up_vae(copy.deepcopy(vae), "fp32", tiled)
+    always = set_up_vae(copy.deepcopy(vae), "fp32", tiling=True)
+    for each in (own, always):
+        each.tile_sample_min_size, each.tile_latent_min_size = 64, 8
+    pixels_1CHW = torch.nn.functional.interpolate(PIXELS_BCHW[:1], (96, 160))
+    before, tiles = encode_latents(own, pixels_1CHW)[0], encode_latents(always, pixels_1CHW)[0]
+    with in_tiles(own):
+        assert torch.equal(encode_latents(own, pixels_1CHW)[0], tiles)
+    assert torch.equal(encode_latents(own, pixels_1CHW)[0], before)
+    assert torch.equal(before, tiles) == tiled
+    assert own.use_tiling == tiled

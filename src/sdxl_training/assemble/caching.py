@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from contextlib import closing
-from functools import partial
 
 from rich.console import Console
 
@@ -17,13 +16,12 @@ from sdxl_training.assemble.dataset import (
     prepare_dataset,
     refuse_too_many_bad,
 )
-from sdxl_training.assemble.session import ENCODE_BATCH, open_store_writer, open_writer
+from sdxl_training.assemble.session import build_encoder, open_store_writer, open_writer
 from sdxl_training.assemble.texts import fill_text_cache, text_folder
 from sdxl_training.config.load import LoadedConfig
 from sdxl_training.config.schema import Config
-from sdxl_training.data.encoding import Encoder
 from sdxl_training.data.store import Store
-from sdxl_training.model.latents import encode_latents, encode_latents_exactly, set_up_vae, vae_fingerprint
+from sdxl_training.model.latents import set_up_vae, vae_fingerprint
 from sdxl_training.model.load import load_text_encoders, load_vae
 from sdxl_training.parallel.group import Group, own_device
 from sdxl_training.records import UserError
@@ -58,8 +56,7 @@ def cache(loaded: LoadedConfig, verify: bool) -> None:
     if writer is None:
         raise ValueError("a cache without a writer")
     with closing(writer):
-        encode, exactly = partial(encode_latents, vae), partial(encode_latents_exactly, vae)
-        encoder = Encoder(encode, group.device, ENCODE_BATCH, dataset.cache, writer, exactly)
+        encoder = build_encoder(vae, group.device, dataset.cache, writer)
         fill_cache(config, dataset, encoder, group, progress)
     quarantined = [*dataset.found.quarantined(), *encoder.take_bad()]
     name_quarantined(quarantined, progress)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import AutoencoderKL
 from torch import Tensor
 
 from sdxl_training.assemble.captions import build_tokenizer, caption_rules, check_captions
@@ -29,6 +30,7 @@ from sdxl_training.assemble.resume import check_fits, load_weights, restore
 from sdxl_training.assemble.texts import fill_text_cache, move_encoders, text_folder
 from sdxl_training.assemble.weighting import TagParts, build_tags
 from sdxl_training.config.schema import Config
+from sdxl_training.data.cache import LatentCache
 from sdxl_training.data.encoding import Encoder
 from sdxl_training.data.images import RESAMPLING
 from sdxl_training.data.loader import MicroBatches, RawBatch, to_batch
@@ -37,7 +39,13 @@ from sdxl_training.data.store_writer import Compression, StoreWriter
 from sdxl_training.data.workers import open_loader
 from sdxl_training.memory.checkpointing import recompute_activations
 from sdxl_training.memory.precision import autocast
-from sdxl_training.model.latents import encode_latents, encode_latents_exactly, set_up_vae, vae_fingerprint
+from sdxl_training.model.latents import (
+    encode_latents,
+    encode_latents_exactly,
+    in_tiles,
+    set_up_vae,
+    vae_fingerprint,
+)
 from sdxl_training.model.load import load_sdxl
 from sdxl_training.model.sdxl import SDXL
 from sdxl_training.model.text import CaptionTokenizer, encode_text
@@ -224,9 +232,7 @@ def open_session(
     writer = open_writer(config, dataset, group, progress)
     # Pictures that arrive without a latent are prepared on the CPU: where the cache is of other pixels, they stay out.
     keep = dataset.preparer is None or dataset.preparer.recipe == RESAMPLING
-    encode = partial(encode_latents, sdxl.vae)
-    exactly = partial(encode_latents_exactly, sdxl.vae)
-    encoder = Encoder(encode, group.device, ENCODE_BATCH, dataset.cache, writer if keep else None, exactly)
+    encoder = build_encoder(sdxl.vae, group.device, dataset.cache, writer if keep else None)
     batches = _micro_batches(config, group, tokenizer, dataset)
     session = Session(config, folder, group, progress, sdxl, dataset, encoder, writer, tokenizer, batches, run, tags)
     session.quarantine(dataset.found.quarantined())
@@ -242,6 +248,21 @@ def _refuse_other_data(fingerprint: dict[str, str], group: Group) -> None:
             f"data.sources: the processes of this run do not see the same data; what differs: {', '.join(differing)}. "
             "Give all machines the same files and the same configuration, and one data.cache.path that they share."
         )
+
+
+def build_encoder(
+    vae: AutoencoderKL, device: torch.device, cache: LatentCache | None, writer: StoreWriter | None
+) -> Encoder:
+    """Return what encodes pictures on this rank."""
+    return Encoder(
+        partial(encode_latents, vae),
+        device,
+        ENCODE_BATCH,
+        cache,
+        writer,
+        exactly=partial(encode_latents_exactly, vae),
+        in_tiles=partial(in_tiles, vae),
+    )
 
 
 def open_writer(config: Config, dataset: Dataset, group: Group, progress: Progress) -> StoreWriter | None:

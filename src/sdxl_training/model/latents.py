@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -35,6 +37,18 @@ def encode_latents_exactly(vae: AutoencoderKL, pixels_BCHW: Tensor) -> tuple[Ten
         return encode_latents(vae.to(torch.float32), pixels_BCHW)
     finally:
         vae.to(own)
+
+
+@contextmanager
+def in_tiles(vae: AutoencoderKL) -> Iterator[None]:
+    """Let pictures larger than the VAE's own size pass through it in tiles meanwhile; then it is as it was."""
+    tiled = vae.use_tiling
+    vae.enable_tiling()
+    try:
+        yield
+    finally:
+        if not tiled:
+            vae.disable_tiling()
 
 
 @torch.no_grad()

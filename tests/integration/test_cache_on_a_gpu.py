@@ -1,4 +1,4 @@
-"""What `cache` fills is what training and `plan` look for, also where pictures can be prepared on a GPU."""
+"""`cache` where there is a GPU: what it fills is what training and `plan` look for; memory that is full."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
 
-from sdxl_training.assemble import caching, dataset
+from sdxl_training.assemble import caching, dataset, session
 from sdxl_training.assemble.planning import make_report
 from sdxl_training.config.load import LoadedConfig, load_config
 from sdxl_training.data.preparing import CpuPreparer
@@ -101,3 +103,25 @@ def test_a_plan_where_the_run_could_not_prepare_its_pictures_says_so(
     report = make_report(config, dataset.find_pictures(config, SilentProgress()))
     assert report.cache is not None
     assert report.cache.unknown.endswith("NVIDIA DALI cannot be imported.")
+
+
+@pytest.mark.parametrize("room", [2, 0])
+def test_cache_makes_do_with_little_memory_or_says_that_it_cannot(
+    trainer: Trainer, monkeypatch: pytest.MonkeyPatch, room: int
+) -> None:
+    whole, shapes = session.encode_latents, []
+
+    def encode(vae: AutoencoderKL, pixels_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+        shapes.append(len(pixels_BCHW))
+        if len(pixels_BCHW) > room:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+        return whole(vae, pixels_BCHW)
+
+    monkeypatch.setattr(session, "encode_latents", encode)
+    if room:
+        caching.cache(configured(trainer, "ahead"), verify=False)
+        assert max(shapes) > room
+        assert to_encode(trainer, "ahead") == {}
+    else:
+        with pytest.raises(UserError, match="even alone and in tiles"):
+            caching.cache(configured(trainer, "ahead"), verify=False)
