@@ -12,12 +12,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
 from sdxl_training.assemble.dataset import (
     Dataset,
     arithmetic,
+    bucket_lists,
     fill_cache,
     latent_folder,
     prepare_dataset,
@@ -106,6 +109,39 @@ def fetched(dataset: Dataset) -> list[Stored | Unencoded | UnreadablePicture]:
         except UnreadablePicture as error:
             found.append(error)
     return found
+
+
+# Which sizes there are
+
+
+def sizes_of(**data: Any) -> list[tuple[int, int]]:
+    config = Config.model_validate({"data": {"sources": [{"path": "a"}], **data}})
+    (buckets,) = bucket_lists(config)
+    return [bucket.size_hw for bucket in buckets]
+
+
+@pytest.mark.parametrize("resolution", [256, 512, 768, 1024, 1536])
+@pytest.mark.parametrize("generator", ["area", "sdxl", "novelai"])
+def test_sizes_scale_with_the_resolution(resolution: int, generator: str) -> None:
+    """With the step scaled as well, a resolution has the sizes of 1024, scaled: the limits are no fixed numbers."""
+    step_px = resolution // 16
+    sizes = sizes_of(resolution=resolution, buckets={"generator": generator, "step_px": step_px})
+    whole = sizes_of(buckets={"generator": generator, "min_side_px": 512, "max_side_px": 2048})
+    assert sizes == [(height * resolution // 1024, width * resolution // 1024) for height, width in whole]
+    assert len(sizes) >= 33
+
+
+def test_the_resolution_alone_gives_more_than_its_square() -> None:
+    assert sizes_of() == sizes_of(buckets={"min_side_px": 512, "max_side_px": 2048})
+    assert sizes_of(resolution=512) == sizes_of(resolution=512, buckets={"min_side_px": 256, "max_side_px": 1024})
+    assert len(sizes_of(resolution=512)) > 10
+
+
+@given(st.integers(1, 64), st.sampled_from([8, 16, 64, 128]))
+def test_the_limits_lie_on_the_grid_and_enclose_the_square(steps: int, step_px: int) -> None:
+    sizes = sizes_of(resolution=steps * step_px, buckets={"step_px": step_px})
+    assert (steps * step_px, steps * step_px) in sizes
+    assert all(side % step_px == 0 for size_hw in sizes for side in size_hw)
 
 
 # What a checkpoint remembers

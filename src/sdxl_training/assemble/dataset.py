@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from sdxl_training.assemble.captions import refuse_absent_tags
 from sdxl_training.assemble.sources import INDEX_FOLDER, open_pictures
+from sdxl_training.config.data import side_limits_px
 from sdxl_training.config.schema import Config, cache_folder
 from sdxl_training.data.bucket_lists import GENERATORS, buckets_at_resolutions, listed_buckets
 from sdxl_training.data.buckets import Fitting
@@ -143,7 +144,7 @@ def bucket_lists(config: Config) -> tuple[tuple[Bucket, ...], ...]:
         return (listed_buckets(sizes.sizes),)
     resolutions = (data.resolution, *data.lower_resolutions)
     generate = GENERATORS[sizes.generator]
-    return buckets_at_resolutions(generate, resolutions, sizes.step_px, sizes.min_side_px, sizes.max_side_px)
+    return buckets_at_resolutions(generate, resolutions, sizes.step_px, *side_limits_px(data))
 
 
 def build_schedule(config: Config, plan: PicturePlan, processes: int) -> BatchSchedule:

@@ -25,7 +25,7 @@ def sides_are_multiples_of_the_step(config: Config) -> Iterator[Finding]:
         "data.buckets.max_side_px": data.buckets.max_side_px,
     }
     for place, side in sides.items():
-        if side % step:
+        if side is not None and side % step:
             nearest = max(step, round(side / step) * step)
             text = f"must be a multiple of data.buckets.step_px = {step}; nearest: {nearest}"
             yield Finding(place, text, ("data.buckets.step_px",))
@@ -37,10 +37,10 @@ def sides_enclose_the_resolution(config: Config) -> Iterator[Finding]:
     if data.buckets.generator == "list":
         return
     low, high = data.buckets.min_side_px, data.buckets.max_side_px
-    if low > data.resolution:
+    if low is not None and low > data.resolution:
         text = f"must be at most data.resolution = {data.resolution}, the side of the square bucket"
         yield Finding("data.buckets.min_side_px", text, ("data.resolution",))
-    if high < data.resolution:
+    if high is not None and high < data.resolution:
         text = f"must be at least data.resolution = {data.resolution}, the side of the square bucket"
         yield Finding("data.buckets.max_side_px", text, ("data.resolution",))
 

@@ -91,8 +91,12 @@ class Buckets(Section):
     step_px: int = Field(
         default=64, ge=8, multiple_of=8, description="Sides of a bucket are multiples of this many pixels."
     )
-    min_side_px: int = Field(default=512, ge=8, description="Shortest side of a bucket in pixels.")
-    max_side_px: int = Field(default=2048, ge=8, description="Longest side of a bucket in pixels.")
+    min_side_px: int | None = Field(
+        default=None, ge=8, description="Shortest side of a bucket in pixels; null: half of data.resolution."
+    )
+    max_side_px: int | None = Field(
+        default=None, ge=8, description="Longest side of a bucket in pixels; null: twice data.resolution."
+    )
     small_pictures: Literal["leave_out", "upscale"] = Field(
         default="leave_out", description="What happens to pictures smaller than their bucket."
     )
@@ -224,3 +228,12 @@ class Data(Section):
     workers: int = Field(
         default=2, ge=0, description="Processes that read and decode pictures; 0 uses the main process."
     )
+
+
+def side_limits_px(data: Data) -> tuple[int, int]:
+    """Return the shortest and the longest side of a bucket, or what null stands for; on the grid of step_px."""
+    buckets = data.buckets
+    half = max(data.resolution // 2 // buckets.step_px, 1) * buckets.step_px
+    shortest = half if buckets.min_side_px is None else buckets.min_side_px
+    longest = 2 * data.resolution if buckets.max_side_px is None else buckets.max_side_px
+    return shortest, longest
