@@ -161,6 +161,15 @@ def test_epsilon_at_snr_0_is_explained(tmp_path):
             "data.buckets.generator",
             "sdxl at 512 needs a step_px that divides 32; choose one, or generator: area",
         ),
+        *(
+            ([LIST, f"data.buckets.{name}=128"], f"data.buckets.{name}", "no effect with generator: list")
+            for name in ("step_px", "min_side_px", "max_side_px")
+        ),
+        (
+            ["training.pixels_per_batch=1048576", "training.batch_size=8"],
+            "training.batch_size",
+            "no effect beside training.pixels_per_batch",
+        ),
         (["data.crop.variants=2"], "data.crop.variants", "no effect with position: centre; set position: random"),
         (["training.pixels_per_batch=1048575"], "training.pixels_per_batch", "data.resolution squared = 1048576"),
         (
@@ -192,6 +201,37 @@ def test_rules_between_settings(tmp_path, overrides, place, words):
     assert str(problem.origin) == "--set", "the origin is the setting that was written, not a default it breaks with"
 
 
+TABLE, COLUMNS = "table: names.csv", "columns: {captions: [text]}"
+
+
+@pytest.mark.parametrize(
+    ("source", "place", "words"),
+    [
+        (f"path: x.tar, {TABLE}", "table", "with type: tar (by the path's ending) delete this line"),
+        (f"path: X.TAR, {COLUMNS}", "columns", "no effect with type: tar (by the path's ending) and no table"),
+        (f"path: 'x-{{0..3}}.parquet', {TABLE}", "table", "with type: parquet (by the path's ending)"),
+        (f"path: s3://a/x.parquet, {TABLE}", "table", "with type: parquet (by the path's ending)"),
+        (f"path: x, type: tar, {TABLE}", "table", "with type: tar delete this line"),
+        (f"path: x.tar, type: folder, {COLUMNS}", "columns", "no effect with type: folder and no table"),
+        (f"path: x, {COLUMNS}", "columns", "and no table"),
+        (f"path: s3://bucket/pictures, {TABLE}", "table", "a local folder; at an address use tars or Parquet files"),
+    ],
+)
+def test_settings_of_a_source_take_effect(tmp_path, source, place, words):
+    problem = one(tmp_path, f"data: {{sources: [{{{source}}}]}}\n")
+    assert problem.place == f"data.sources.0.{place}"
+    assert words in problem.text
+    assert problem.origin.line == 1
+
+
+@pytest.mark.parametrize(
+    "source", [f"path: x.parquet, {COLUMNS}", f"path: x, {TABLE}, {COLUMNS}", f"path: x.tar, type: folder, {TABLE}"]
+)
+def test_tables_and_columns_where_they_belong(tmp_path, source):
+    (tmp_path / "my.yaml").write_text(f"data: {{sources: [{{{source}}}]}}\n", encoding="utf-8")
+    assert load_config(tmp_path / "my.yaml")
+
+
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -204,6 +244,8 @@ def test_rules_between_settings(tmp_path, overrides, place, words):
         ["data.buckets={generator: sdxl, step_px: 32}", "data.lower_resolutions=[512]"],
         ["data.crop={position: random, variants: 2}"],
         ["training.pixels_per_batch=1048576"],
+        ["training.pixels_per_batch=1048576", "training.batch_size=4"],
+        [LIST, "data.buckets.step_px=64"],
         ["data.captions={kind: prose, keep_first: 1, tag_dropout: 0.0, shuffle: false}"],
         ["data.captions={kind: prose, keep_first: 2, tag_dropout: 0.5, templates: ['{caption}', '{tags}: {caption}']}"],
         ['data.captions={max_tokens: 225, templates: ["{caption}\\n{tags}"]}', "data.sources.0.add_tags.front=[a b]"],

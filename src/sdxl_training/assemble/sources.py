@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from sdxl_training.config.data import Source
+from sdxl_training.config.data import Source, source_kind
 from sdxl_training.config.schema import Config, cache_folder
 from sdxl_training.data.filters import Filter
 from sdxl_training.data.folders import FolderSource
@@ -66,7 +66,7 @@ def _make_index_folder(config: Config) -> Path:
 def open_source(described: Source, config: Config) -> PictureSource:
     """Return the source that a part of the configuration describes. Raises UserError where there is none."""
     extension, columns = config.data.captions.extension, described.columns
-    kind = kind_of(described)
+    kind = source_kind(described)
     if kind == "tar":
         return TarSource(described.path, extension)
     if kind == "parquet":
@@ -97,17 +97,6 @@ def _birth_of(process: int) -> str:
     return f"{boot.read_text().strip()} {status.read_text().rpartition(')')[2].split()[19]}"
 
 
-def kind_of(described: Source) -> str:
-    """Return folder, tar or parquet: as told, or by the path's ending."""
-    if described.type != "auto":
-        return described.type
-    ending = described.path.lower()
-    for kind in ("tar", "parquet"):
-        if ending.endswith(f".{kind}"):
-            return kind
-    return "folder"
-
-
 def source_rules(described: Source, config: Config) -> SourceRules:
     """Return what a run makes of a source."""
     captions, only = config.data.captions, described.only
@@ -126,7 +115,7 @@ def source_rules(described: Source, config: Config) -> SourceRules:
 
 def captions_are(described: Source, extension: str) -> str:
     """Return where the captions of a source are looked for, as part of a sentence."""
-    kind = kind_of(described)
+    kind = source_kind(described)
     if kind == "tar":
         return f"it is the member with the picture's name and the ending {extension} or .json"
     if kind == "parquet" or described.table is not None:

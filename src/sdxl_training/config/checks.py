@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from sdxl_training.config.data import Captions
+from sdxl_training.config.data import Buckets, Captions, source_kind
 from sdxl_training.config.objective import FlowMatching
 from sdxl_training.config.objective_checks import OBJECTIVE_CHECKS
 from sdxl_training.config.problems import Finding
@@ -77,6 +77,11 @@ def bucket_lists_fit(config: Config) -> Iterator[Finding]:
             "needs generator: list" if buckets.sizes else "must hold at least one [height, width] for generator: list"
         )
         yield Finding("data.buckets.sizes", text, ("data.buckets.generator",))
+    for name in ("step_px", "min_side_px", "max_side_px"):
+        # Only other values than the defaults: a resolved configuration has those written out.
+        if buckets.generator == "list" and getattr(buckets, name) != Buckets.model_fields[name].default:
+            text = "has no effect with generator: list, where sizes says all; delete this line"
+            yield Finding(f"data.buckets.{name}", text, ("data.buckets.generator",))
     if buckets.generator == "list" and data.lower_resolutions:
         text = "has no effect with generator: list; put all sizes into the list"
         yield Finding("data.lower_resolutions", text, ("data.buckets.generator",))
@@ -129,6 +134,15 @@ def a_batch_of_pixels_holds_a_picture(config: Config) -> Iterator[Finding]:
         yield Finding("training.pixels_per_batch", f"must be at least {what} = {least}, one picture", (place,))
 
 
+def a_micro_batch_is_counted_once(config: Config) -> Iterator[Finding]:
+    """A micro-batch is counted in pictures or in pixels; only another value than the default is refused."""
+    training = config.training
+    changed = training.batch_size != type(training).model_fields["batch_size"].default
+    if training.pixels_per_batch is not None and changed:
+        text = "has no effect beside training.pixels_per_batch; delete one of the two lines"
+        yield Finding("training.batch_size", text, ("training.pixels_per_batch",))
+
+
 def latents_come_first_where_noise_needs_them(config: Config) -> Iterator[Finding]:
     """A coupling compares noise with latents before a batch reaches the device."""
     mode, coupling = config.data.cache.mode, config.training.coupling.type
@@ -156,17 +170,18 @@ def texts_are_encoded_first(config: Config) -> Iterator[Finding]:
 
 
 def source_settings_take_effect(config: Config) -> Iterator[Finding]:
-    """Columns are a table's; a table names the pictures of a folder."""
+    """Columns are a table's; a table names the pictures of a local folder."""
     for number, source in enumerate(config.data.sources):
-        columns, place = source.columns, f"data.sources.{number}"
-        named = columns.image or columns.captions or columns.tags
-        if named and source.table is None and source.type in ("folder", "tar"):
-            yield Finding(
-                f"{place}.columns", f"has no effect with type: {source.type} and no table", (f"{place}.type",)
-            )
-        if source.table is not None and source.type in ("tar", "parquet"):
-            text = f"names the pictures of a folder; with type: {source.type} delete this line"
-            yield Finding(f"{place}.table", text, (f"{place}.type",))
+        columns, place, kind = source.columns, f"data.sources.{number}", source_kind(source)
+        others = (f"{place}.type", f"{place}.path")
+        is_kind = f"type: {kind}" if source.type == kind else f"type: {kind} (by the path's ending)"
+        if (columns.image or columns.captions or columns.tags) and source.table is None and kind != "parquet":
+            yield Finding(f"{place}.columns", f"has no effect with {is_kind} and no table", others)
+        if source.table is not None and kind != "folder":
+            yield Finding(f"{place}.table", f"names the pictures of a folder; with {is_kind} delete this line", others)
+        elif source.table is not None and "://" in source.path:
+            text = "names the pictures of a local folder; at an address use tars or Parquet files, or delete this line"
+            yield Finding(f"{place}.table", text, others)
 
 
 def followed_losses_are_there(config: Config) -> Iterator[Finding]:
@@ -202,6 +217,7 @@ CHECKS: tuple[Callable[[Config], Iterator[Finding]], ...] = (
     crop_variants_differ,
     rules_for_tags_find_tags,
     a_batch_of_pixels_holds_a_picture,
+    a_micro_batch_is_counted_once,
     latents_come_first_where_noise_needs_them,
     cache_settings_take_effect,
     texts_are_encoded_first,

@@ -77,6 +77,16 @@ class Source(Section):
     add_tags: AddTags = Field(default=AddTags(), description="Tags around every caption that never drop out.")
 
 
+def source_kind(source: Source) -> Literal["folder", "tar", "parquet"]:
+    """Return what is there: as told, or by the path's ending."""
+    if source.type != "auto":
+        return source.type
+    ending = source.path.lower()
+    if ending.endswith(".tar"):
+        return "tar"
+    return "parquet" if ending.endswith(".parquet") else "folder"
+
+
 class Buckets(Section):
     """Picture sizes; all pictures of a step share one."""
 
