@@ -171,6 +171,16 @@ def test_epsilon_at_snr_0_is_explained(tmp_path):
             "no effect beside training.pixels_per_batch",
         ),
         (["data.crop.variants=2"], "data.crop.variants", "no effect with position: centre; set position: random"),
+        (
+            ["data.crop.position=random"],
+            "data.crop.variants",
+            "one random crop for ever, since data.cache.mode: ahead keeps its latent; keep several",
+        ),
+        (
+            ["data.crop.position=random", "data.cache.mode=first"],
+            "data.crop.variants",
+            "or set data.cache.mode: none, which cuts anew at each visit",
+        ),
         (["training.pixels_per_batch=1048575"], "training.pixels_per_batch", "data.resolution squared = 1048576"),
         (
             [LIST, "training.pixels_per_batch=8191"],
@@ -243,6 +253,7 @@ def test_tables_and_columns_where_they_belong(tmp_path, source):
         ["data.lower_resolutions=[512, 768]", "data.buckets.resolutions=each"],
         ["data.buckets={generator: sdxl, step_px: 32}", "data.lower_resolutions=[512]"],
         ["data.crop={position: random, variants: 2}"],
+        ["data.crop={position: random}", "data.cache.mode=none"],
         ["training.pixels_per_batch=1048576"],
         ["training.pixels_per_batch=1048576", "training.batch_size=4"],
         [LIST, "data.buckets.step_px=64"],

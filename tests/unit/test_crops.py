@@ -90,6 +90,25 @@ def test_random_crops_reach_every_place_equally_often_and_belong_to_seed_picture
     assert replace(cut, variants=4, seed=4).plans(size_hw, bucket, 7) != several
 
 
+@pytest.mark.parametrize("flip", [False, True])
+def test_crops_without_end_differ_from_visit_to_visit_and_are_valid(flip):
+    size_hw, bucket = (64, 84), Bucket((64, 64))
+    cut = Cut("random", flip=flip, seed=3)
+    crops = cut.without_end(size_hw, bucket, 7)
+    shown = [crops[variant_of_visit(5, 7, visit, len(crops))] for visit in range(2000)]
+    again = cut.without_end(size_hw, bucket, 7)
+    assert shown == [again[variant_of_visit(5, 7, visit, len(again))] for visit in range(2000)]
+    lefts = Counter(plan.crop_tl[1] for plan in shown)
+    assert set(lefts) == set(range(21))
+    assert max(lefts.values()) < 2 * 2000 / 21
+    assert sum(plan.flipped for plan in shown) == (1000 if flip else 0)
+    assert [replace(crops[variant], flipped=False) for variant in range(3)] == [
+        replace(plan, flipped=False) for plan in replace(cut, variants=3, flip=False).plans(size_hw, bucket, 7)
+    ]
+    assert cut.without_end(size_hw, bucket, 8)[0:5] != crops[0:5]
+    assert replace(cut, seed=4).without_end(size_hw, bucket, 7)[0:5] != crops[0:5]
+
+
 def test_crops_that_coincide_are_one_variant():
     assert Cut("random", variants=9).plans((128, 128), Bucket((64, 64))) == (centre_crop((128, 128), Bucket((64, 64))),)
     assert len(Cut("random", variants=99).plans((64, 66), Bucket((64, 64)))) == 3

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,13 +27,14 @@ from sdxl_training.assemble.dataset import (
     prepare_dataset,
     refuse_too_many_bad,
 )
+from sdxl_training.assemble.session import _micro_batches
 from sdxl_training.config.schema import Config
 from sdxl_training.data.encoding import Encoder
 from sdxl_training.data.fetching import Stored, Unencoded
 from sdxl_training.data.images import UnreadablePicture
 from sdxl_training.data.store_writer import StoreWriter
 from sdxl_training.parallel.group import Group
-from sdxl_training.records import Bucket, Quarantined, UserError
+from sdxl_training.records import Bucket, Draw, Quarantined, UserError
 from sdxl_training.tracking.progress import SilentProgress
 
 IMAGES_A_STEP = "images a step (batch_size x accumulation x processes)"
@@ -359,6 +361,41 @@ def test_all_sources_that_cannot_serve_are_named_at_once(pictures: Path, tmp_pat
         "data.sources.0.path",
         "data.sources.2.path",
     ]
+
+
+# What is cut out
+
+
+def places_shown(config: Config, dataset: Dataset, record: int) -> list[tuple[int, int]]:
+    """Return where the first visits of a record are cut, as the loader of a run finds it."""
+    batches = _micro_batches(config, GROUP, SimpleNamespace(with_weights=None), dataset)
+    seen = [batches._sample(Draw(record, visit)) for visit in range(100)]
+    assert all(isinstance(one.latent, Unencoded) and one.latent.plan == one.plan for one in seen)
+    return [one.plan.crop_tl for one in seen]
+
+
+def test_without_a_cache_a_random_crop_is_drawn_at_each_visit(pictures: Path, tmp_path: Path) -> None:
+    random, none = {"position": "random"}, {"mode": "none"}
+    config, dataset = dataset_of(pictures, tmp_path, crop=random, cache=none)
+    shown = places_shown(config, dataset, 0)
+    assert set(shown) == {(0, left) for left in range(9)}, "64x72 cut to 64x64"
+    assert shown == places_shown(config, dataset_of(pictures, tmp_path, crop=random, cache=none)[1], 0)
+    several = dataset_of(pictures, tmp_path, crop=random | {"variants": 2}, cache=none)
+    assert len(set(places_shown(*several, 0))) == 2, "as with a cache"
+    kept = dataset_of(pictures, tmp_path, crop=random, cache={"mode": "ahead"})[1]
+    assert not kept.crops_anew
+    assert differing(dataset, kept) == {CONTENT}, "a run does not go on with other crops"
+
+
+@pytest.mark.parametrize("boxed", [False, True])
+def test_focus_without_a_box_is_said(pictures: Path, tmp_path: Path, boxed: bool) -> None:
+    own = Path(shutil.copytree(pictures, tmp_path / "own"))
+    for number in range(10):
+        box = ', "focus": [0, 0, 9, 9]' if boxed and number == 3 else ""
+        (own / f"{number}.json").write_text(f'{{"caption": "a"{box}}}')
+    heard = Heard()
+    dataset_of(own, tmp_path, progress=heard, crop={"position": "focus"}, captions={"extension": ".json"})
+    assert sum("no picture has a box" in text for text in heard.said) == (0 if boxed else 1)
 
 
 # The cache

@@ -36,7 +36,7 @@ from sdxl_training.data.pictures import Pictures
 from sdxl_training.data.preparing import Preparer
 from sdxl_training.data.sampler import BatchSchedule, batch_sizes
 from sdxl_training.parallel.group import Group
-from sdxl_training.records import Bucket, Quarantined, UserError
+from sdxl_training.records import Bucket, CropPlan, Quarantined, UserError
 from sdxl_training.tracking.progress import Progress
 
 NAMED = 10
@@ -74,8 +74,11 @@ def find_pictures(config: Config, progress: Progress, processes: Processes = ALO
     pictures, contents, duplicates = without_duplicates(config, pictures, contents, progress, processes)
     refuse_absent_tags(config, pictures)
     sizes, crop = data.buckets, data.crop
-    if crop.position == "focus":
-        pictures.check_focus()
+    if crop.position == "focus" and not pictures.check_focus():
+        progress.message(
+            "data.crop.position = focus: no picture has a box, so all are cut at the centre. A box is called focus in "
+            "a JSON caption; without any, position: centre says the same."
+        )
     fitting = Fitting(sizes.small_pictures, sizes.resolutions, sizes.max_crop)
     cut = Cut(crop.position, crop.variants, crop.flip, crop.seed)
     plan = plan_resolutions(pictures, bucket_lists(config), fitting, cut, pictures.columns())
@@ -187,6 +190,17 @@ class Dataset:
         """Return what becomes of every picture."""
         return self.found.plan
 
+    @property
+    def crops_anew(self) -> bool:
+        """Whether each visit is cut at a place of its own, which nobody could keep."""
+        cut = self.plan.cut
+        return self.cache is None and cut.position == "random" and cut.variants == 1
+
+    @property
+    def variants(self) -> Sequence[Sequence[CropPlan]]:
+        """Return the ways in which each record is shown, of which a visit sees one."""
+        return self.plan.crops_without_end if self.crops_anew else self.plan.variants
+
     @cached_property
     def fingerprint(self) -> dict[str, str]:
         """Return what decides which sample comes when and what it holds: a short value or a digest for each part.
@@ -196,12 +210,13 @@ class Dataset:
         plan, pictures = self.plan, self.found.pictures
         sizes = [pictures.column(name) for name in ("length", "height", "width")]
         boxes = pictures.boxes() if plan.cut.position == "focus" else []
+        crops = f"{plan.cut}{' anew' if self.crops_anew else ''}"
         return {
             "global_config.seed": str(self.schedule.seed),
             "images a step (batch_size x accumulation x processes)": self._images_a_step(),
             "which pictures there are": self._which(),
             "the pictures' content, size, crop or VAE": _digest(
-                [*sizes, *boxes, _as_bytes(f"{[*plan.by_bucket]} {plan.cut} {self.latents_are}")]
+                [*sizes, *boxes, _as_bytes(f"{[*plan.by_bucket]} {crops} {self.latents_are}")]
             ),
             "captions": _digest([*pictures.captions(), *map(_as_bytes, pictures.readings())]),
             "repeats": _digest([plan.repeats]),

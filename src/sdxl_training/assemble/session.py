@@ -287,7 +287,7 @@ def _micro_batches(config: Config, group: Group, tokenizer: CaptionTokenizer, da
     return MicroBatches(
         schedule=dataset.schedule,
         records=dataset.plan.records,
-        variants=dataset.plan.variants,
+        variants=dataset.variants,
         weights=dataset.found.pictures.weights(dataset.plan),
         fetch=dataset.fetch,
         draw_noise=build_noise(config),

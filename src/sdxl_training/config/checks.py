@@ -109,6 +109,17 @@ def crop_variants_differ(config: Config) -> Iterator[Finding]:
         yield Finding(f"data.crop.{name}", text, ("data.crop.position",))
 
 
+def random_crops_differ_between_visits(config: Config) -> Iterator[Finding]:
+    """One random crop that is kept is the same off-centre cut at every visit."""
+    crop, mode = config.data.crop, config.data.cache.mode
+    if crop.position == "random" and crop.variants == 1 and mode != "none":
+        text = (
+            f"is one random crop for ever, since data.cache.mode: {mode} keeps its latent; keep several, of which "
+            "visits take turns, or set data.cache.mode: none, which cuts anew at each visit"
+        )
+        yield Finding("data.crop.variants", text, ("data.crop.position", "data.cache.mode"))
+
+
 def rules_for_tags_find_tags(config: Config) -> Iterator[Finding]:
     """Prose has no tags to keep or to drop, unless a template shows those beside it.
 
@@ -215,6 +226,7 @@ CHECKS: tuple[Callable[[Config], Iterator[Finding]], ...] = (
     preview_grid_fits_the_objective,
     bucket_lists_fit,
     crop_variants_differ,
+    random_crops_differ_between_visits,
     rules_for_tags_find_tags,
     a_batch_of_pixels_holds_a_picture,
     a_micro_batch_is_counted_once,

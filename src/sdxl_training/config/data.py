@@ -125,7 +125,10 @@ class Crop(Section):
         default="centre", description="Where pictures are cut; focus: around the box in a JSON caption."
     )
     variants: int = Field(
-        default=1, ge=1, description="Random crops kept of each picture; each is a latent, visits take turns."
+        default=1,
+        ge=1,
+        description="Random crops kept of each picture; each is a latent, visits take turns. 1, where nothing is kept: "
+        "each visit is cut anew.",
     )
     flip: bool = Field(
         default=False,

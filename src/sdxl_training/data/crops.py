@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from sdxl_training.data.lazy import Lazy
 from sdxl_training.records import Bucket, CropPlan, SizeHW, UserError
 from sdxl_training.rng import Stream, derive_seed
 
@@ -26,6 +27,7 @@ Integers = NDArray[np.int64]
 Whole = TypeVar("Whole", int, Integers)
 
 REMEMBERED = 2**14  # sizes of pictures
+NO_END = 2**62
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +60,16 @@ class Cut:
         elif self.position == "focus" and focus is not None:
             places = (focus_place(centre, focus),)
         return _cut_at(original_hw, bucket, places, self.flip)
+
+    def without_end(self, original_hw: SizeHW, bucket: Bucket, sample_id: int = 0) -> Sequence[CropPlan]:
+        """Return more random crops than there are visits, functions of (seed, sample id, number); mirrored in turns."""
+        centre = centre_crop(original_hw, bucket)
+
+        def cut(number: int) -> CropPlan:
+            place = random_place(centre, self.seed, sample_id, number)
+            return replace(centre, crop_tl=place, flipped=self.flip and number % 2 == 1)
+
+        return Lazy(NO_END, cut)
 
 
 @lru_cache(maxsize=REMEMBERED)

@@ -75,6 +75,16 @@ class PicturePlan:
         return Lazy(len(self.picture_N), self._variants)
 
     @property
+    def crops_without_end(self) -> Sequence[Sequence[CropPlan]]:
+        """Return, in place of `variants`, random crops of which each visit of a record sees another."""
+
+        def crops(number: int) -> Sequence[CropPlan]:
+            record = self._record(number)
+            return self.cut.without_end(record.size_hw, self.buckets[self.bucket_N[number]], record.sample_id)
+
+        return Lazy(len(self.picture_N), crops)
+
+    @property
     def plans(self) -> Sequence[CropPlan]:
         """Return the first variant of each record; bucket and scale are the same in all of them."""
         return Lazy(len(self.picture_N), lambda number: self._variants(number)[0])

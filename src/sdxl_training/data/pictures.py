@@ -164,11 +164,12 @@ class Pictures(Sequence[ImageRecord]):
         source = int(self.source_P[number])
         return self.sources[source].record(source, int(self.row_P[number]), number)
 
-    def check_focus(self) -> None:
-        """Raise one UserError for all focus boxes that do not lie in their pictures."""
-        problems = []
+    def check_focus(self) -> int:
+        """Return how many pictures have a focus box; raises one UserError for all that do not lie in their pictures."""
+        problems, boxes = [], 0
         for number, source in enumerate(self.sources):
             boxed = np.intersect1d(np.flatnonzero(source.boxed()), self.rows[number])
+            boxes += len(boxed)
             for row in boxed.tolist():
                 try:
                     record = source.record(number, row, 0)
@@ -177,6 +178,7 @@ class Pictures(Sequence[ImageRecord]):
                     problems.append(str(error))
         if problems:
             raise UserError(f"data.crop.position = focus:\n{_listed(problems)}")
+        return boxes
 
     def subset(self, kept_P: NDArray[np.bool_]) -> Pictures:
         """Return only the pictures that are marked."""
