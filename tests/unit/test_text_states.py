@@ -22,7 +22,7 @@ from sdxl_training.assemble.captions import build_tokenizer
 from sdxl_training.assemble.drawing import build_painter, sampling_of
 from sdxl_training.assemble.folder import RunFolder
 from sdxl_training.assemble.session import Session, open_session
-from sdxl_training.assemble.texts import encode_captions, move_encoders, open_texts, text_shape
+from sdxl_training.assemble.texts import encode_captions, move_encoders, open_texts, text_folder, text_shape
 from sdxl_training.assemble.training import train
 from sdxl_training.config.load import load_config
 from sdxl_training.config.schema import Config
@@ -383,6 +383,23 @@ def test_batches_are_those_of_a_run_that_encodes_as_it_goes(
     assert (dropped > 0) == (null_mode == "zeros")
     plain.close()
     cached.close()
+
+
+def test_compression_reaches_text_states(tmp_path: Path, model: Path, pictures: Path) -> None:
+    sizes, states = {}, {}
+    for compression in ("none", "lossless"):
+        settings = settings_of(tmp_path / compression, model, pictures, 1)
+        settings["data"]["cache"]["compression"] = compression
+        config = Config.model_validate(settings)
+        folder = RunFolder(tmp_path / compression / "run")
+        folder.make()
+        session = open_session(config, folder, Group(0, 1, torch.device("cpu")), SilentProgress(), None)
+        session.fill()
+        session.close()
+        sizes[compression] = sum(path.stat().st_size for path in text_folder(config).rglob("*.blobs"))
+        states[compression] = session.micro_batches.texts.read("")
+    assert sizes["lossless"] < sizes["none"]
+    assert all(torch.equal(*pair) for pair in zip(states["none"], states["lossless"], strict=True))
 
 
 def test_a_missing_entry_is_refused_by_picture(session_of: Callable[..., Session]) -> None:

@@ -71,7 +71,7 @@ def cache_texts(config: Config, dataset: Dataset, group: Group, progress: Progre
     tokenizer = build_tokenizer(config, text)
     if group.is_main:
         check_captions(config, tokenizer, records, progress)
-    with open_store_writer(text_folder(config), group, progress) as writer:
+    with open_store_writer(config, text_folder(config), group, progress) as writer:
         fill_text_cache(config, records, text, tokenizer, writer, group, progress)
 
 

@@ -35,7 +35,7 @@ from sdxl_training.data.encoding import Encoder
 from sdxl_training.data.images import RESAMPLING
 from sdxl_training.data.loader import MicroBatches, RawBatch, to_batch
 from sdxl_training.data.sampler import slots_of_part
-from sdxl_training.data.store_writer import Compression, StoreWriter
+from sdxl_training.data.store_writer import StoreWriter
 from sdxl_training.data.workers import open_loader
 from sdxl_training.memory.checkpointing import recompute_activations
 from sdxl_training.memory.precision import autocast
@@ -184,7 +184,7 @@ class Session:
         """Encode the captions; from then on batches bring their text states, and the GPU is rid of the encoders."""
         records = self.dataset.plan.records
         move_encoders(self.sdxl, self.group.device)
-        with open_store_writer(text_folder(self.config), self.group, self.progress) as writer:
+        with open_store_writer(self.config, text_folder(self.config), self.group, self.progress) as writer:
             texts = fill_text_cache(self.config, records, self.sdxl, self.tokenizer, writer, self.group, self.progress)
         self.micro_batches = replace(self.micro_batches, texts=texts)
         self.park_encoders()
@@ -269,10 +269,10 @@ def open_writer(config: Config, dataset: Dataset, group: Group, progress: Progre
     """Return what writes latents into the cache on this rank, if there is one."""
     if dataset.cache is None:
         return None
-    return open_store_writer(latent_folder(config), group, progress, config.data.cache.compression)
+    return open_store_writer(config, latent_folder(config), group, progress)
 
 
-def open_store_writer(folder: Path, group: Group, progress: Progress, compression: Compression = "none") -> StoreWriter:
+def open_store_writer(config: Config, folder: Path, group: Group, progress: Progress) -> StoreWriter:
     """Return what writes into a folder of the cache on this rank, and says when the disk is full."""
 
     def say_full(full: Path, error: OSError) -> None:
@@ -280,7 +280,7 @@ def open_store_writer(folder: Path, group: Group, progress: Progress, compressio
             f"{full}: {error.strerror}. The run waits; free some space and it goes on, what was stored is kept."
         )
 
-    return StoreWriter(folder, compression, say_full, name=f"rank{group.rank}")
+    return StoreWriter(folder, config.data.cache.compression, say_full, name=f"rank{group.rank}")
 
 
 def _micro_batches(config: Config, group: Group, tokenizer: CaptionTokenizer, dataset: Dataset) -> MicroBatches:

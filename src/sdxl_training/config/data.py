@@ -187,7 +187,8 @@ class Cache(Section):
         description="When pictures are encoded: first all, ahead as training comes to them; none keeps nothing.",
     )
     compression: Literal["none", "lossless"] = Field(
-        default="none", description="How latents are stored; lossless saves about an eighth and takes time."
+        default="none",
+        description="How latents and text states are stored; lossless saves about an eighth and takes time.",
     )
     posterior: Literal["mean", "sample"] = Field(
         default="mean",
