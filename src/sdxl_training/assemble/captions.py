@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
+
+import numpy as np
+import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from sdxl_training.config.objective import ConditionalTransportCoupling
 from sdxl_training.config.schema import Config
-from sdxl_training.data.caption_weights import parse_weights
+from sdxl_training.data.buckets import Integers
+from sdxl_training.data.caption_weights import MAYBE_HUGE, parse_weights
 from sdxl_training.data.captions import CaptionRules, whole_captions
+from sdxl_training.data.pictures import Pictures
+from sdxl_training.data.text_search import rows_with
 from sdxl_training.model.sdxl import TextParts
 from sdxl_training.model.text import CaptionTokenizer, caption_tokenizer, plain_text
 from sdxl_training.records import ImageRecord, UserError
@@ -69,10 +77,8 @@ def refuse_absent_tags(config: Config, records: Sequence[ImageRecord]) -> None:
 def check_captions(
     config: Config, tokenizer: CaptionTokenizer, records: Sequence[ImageRecord], progress: Progress
 ) -> None:
-    """Say how much of the captions is never seen; raises UserError for weights that no training survives."""
+    """Say how much of the captions is never seen."""
     rules = caption_rules(config)
-    if config.data.captions.weights:
-        _refuse_huge_weights(rules, records)
     apart = max(1, -(-len(records) // MEASURED))
     measured = [records[number] for number in range(0, len(records), apart)]
     # Of a picture's alternatives and templates all are measured: each is a caption of some visit.
@@ -89,16 +95,45 @@ def check_captions(
         )
 
 
-def _refuse_huge_weights(rules: Sequence[CaptionRules], records: Sequence[ImageRecord]) -> None:
-    """Every caption is looked at: one that is found later would end the run."""
-    bad: list[str] = []
-    for record in records:
-        for caption in whole_captions(record.captions, rules[record.source], record.tags):
+def refuse_huge_weights(rules: Sequence[CaptionRules], pictures: Pictures, planned: Integers) -> None:
+    """Raise UserError, naming pictures, for weights that no training survives: found later, one would end the run.
+
+    rules: of each source. planned: numbers of the pictures that take part; of those only captions that may have such
+    a weight are read.
+    """
+    for number, own in enumerate(rules):
+        if own.weights and _frame_has_brackets(own):
             try:
-                parse_weights(caption)
+                for caption in whole_captions(("a",), own, ("a",)):
+                    parse_weights(caption)
             except UserError as error:
-                bad.append(f"{record.path}: {error}")
-                break
+                raise UserError(f"data.captions.templates and data.sources.{number}.add_tags: {error}") from error
+    bad: list[str] = []
+    for number in np.intersect1d(_maybe_huge(rules, pictures), planned).tolist():
+        record = pictures[number]
+        try:
+            for caption in whole_captions(record.captions, rules[record.source], record.tags):
+                parse_weights(caption)
+        except UserError as error:
+            bad.append(f"{record.path}: {error}")
     if bad:
         more = f"\nand {len(bad) - NAMED} more" if len(bad) > NAMED else ""
         raise UserError("\n".join(bad[:NAMED]) + more)
+
+
+def _maybe_huge(rules: Sequence[CaptionRules], pictures: Pictures) -> Integers:
+    """Return the numbers of pictures whose captions may have a weight beyond MAX_WEIGHT."""
+    maybe: list[NDArray[np.bool_]] = []
+    for own, source, rows in zip(rules, pictures.sources, pictures.rows, strict=True):
+        if own.weights:
+            # Around a caption may be brackets that go with its own, or with a number at its end.
+            pattern = "[(:]" if _frame_has_brackets(own) else MAYBE_HUGE
+            maybe.append(rows_with(source.table, partial(pc.match_substring_regex, pattern=pattern))[rows])
+        else:
+            maybe.append(np.zeros(len(rows), bool))
+    return np.flatnonzero(np.concatenate(maybe))
+
+
+def _frame_has_brackets(rules: CaptionRules) -> bool:
+    frame = "".join((*rules.templates, *rules.front, *rules.back, rules.separator))
+    return "(" in frame or ")" in frame

@@ -14,7 +14,12 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from sdxl_training.assemble.captions import build_tokenizer, caption_rules, check_captions
+from sdxl_training.assemble.captions import (
+    build_tokenizer,
+    caption_rules,
+    check_captions,
+    refuse_huge_weights,
+)
 from sdxl_training.assemble.dataset import (
     Dataset,
     fill_cache,
@@ -35,6 +40,7 @@ from sdxl_training.data.encoding import Encoder
 from sdxl_training.data.images import RESAMPLING
 from sdxl_training.data.loader import MicroBatches, RawBatch, to_batch
 from sdxl_training.data.sampler import slots_of_part
+from sdxl_training.data.statistics import planned_pictures
 from sdxl_training.data.store_writer import StoreWriter
 from sdxl_training.data.workers import open_loader
 from sdxl_training.memory.checkpointing import recompute_activations
@@ -214,6 +220,7 @@ def open_session(
         folder.write_quarantine(())
         if dataset.found.duplicates:
             folder.write_duplicates(dataset.found.duplicate_lines())
+        refuse_huge_weights(caption_rules(config), dataset.found.pictures, planned_pictures(dataset.plan))
         check_captions(config, tokenizer, dataset.plan.records, progress)
     objective = build_objective(config, group.device)
     tags = build_tags(config, dataset.found, group.device)

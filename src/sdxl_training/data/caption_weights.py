@@ -29,6 +29,12 @@ _MARK = re.compile(
     re.VERBOSE | re.ASCII,
 )
 
+MAYBE_HUGE = r"(?s):[\s\v]*[+-]?\d\d[\d.]*[\s\v]*\)|\((?:[^()\\]|\\.)*\("
+"""Matches every text in which a weight is beyond MAX_WEIGHT; in RE2's notation, so that Arrow can search millions.
+
+One pair of brackets needs a number of two digits for that; otherwise there is a round one inside a round one.
+"""
+
 
 @dataclass(frozen=True, slots=True)
 class _Emphasis:
