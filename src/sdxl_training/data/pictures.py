@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from sdxl_training.data.buckets import Integers
+from sdxl_training.data.caption_weights import parse_weights
 from sdxl_training.data.captions import join_tags, split_alternatives, split_tags
 from sdxl_training.data.crops import read_box
 from sdxl_training.data.decoding import UnreadablePicture
@@ -65,7 +66,10 @@ class IndexedSource:
         usable_M = self._mask(pc.is_null(self.table["reason"]))
         if self.rules.missing != "empty":
             usable_M &= self._captioned()
-        return usable_M & self.rules.only.passes(self.table, usable_M, self.tags)
+        weights = self.rules.weights
+        return usable_M & self.rules.only.passes(
+            self.table, usable_M, self._all_tags if weights else self.tags, emphasis=weights
+        )
 
     def without_caption(self) -> Integers:
         """Return the rows of readable pictures that have no caption."""
@@ -100,6 +104,20 @@ class IndexedSource:
         if self.rules.kind == "prose":
             return ()
         return split_tags(self.captions(row)[0], self.rules.separator, self.rules.weights)
+
+    def plain_tags(self, row: int) -> tuple[str, ...]:
+        """Return the tags without emphasis: what brackets hold together are several tags.
+
+        Raises UserError, naming the picture, for a weight that no training survives.
+        """
+        try:
+            texts = ["".join(text for text, _ in parse_weights(tag)) for tag in self.tags(row)]
+        except UserError as error:
+            raise UserError(f"{self.path(row)}: {error}") from error
+        return tuple(tag for text in texts for tag in split_tags(text, self.rules.separator))
+
+    def _all_tags(self, row: int) -> tuple[str, ...]:
+        return (*self.tags(row), *self.plain_tags(row))
 
     def record(self, number: int, row: int, picture: int) -> ImageRecord:
         """Return the record of a row; number: that of the source."""

@@ -17,8 +17,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from sdxl_training.data.buckets import Integers
-from sdxl_training.data.caption_weights import parse_weights
-from sdxl_training.data.pictures import IndexedSource, Pictures, SourceRules
+from sdxl_training.data.pictures import IndexedSource, Pictures
 
 ROWS_AT_ONCE = 2**16
 TEXTS = pa.large_list(pa.large_string())
@@ -74,7 +73,8 @@ def _lists_of(source: IndexedSource, rows: Integers) -> pa.LargeListArray:
     rules = source.rules
     beside = source.table["tags"].chunk(0).take(rows).cast(TEXTS)
     if rules.weights or (rules.lines and rules.kind == "tags"):
-        return pa.array([_plain(source.tags(row), rules) for row in rows.tolist()], TEXTS)
+        own = source.plain_tags if rules.weights else source.tags
+        return pa.array([own(row) for row in rows.tolist()], TEXTS)
     if rules.kind == "prose":
         return pc.fill_null(beside, pa.scalar([], TEXTS))
     captions = source.table["captions"].chunk(0).take(rows)
@@ -82,14 +82,6 @@ def _lists_of(source: IndexedSource, rows: Integers) -> pa.LargeListArray:
     first = captions.values.take(pa.array(captions.offsets.to_numpy()[:-1], mask=lengths == 0))
     split = pc.split_pattern(pc.fill_null(first, ""), rules.separator).cast(TEXTS)
     return pc.if_else(pc.is_valid(beside), beside, split)
-
-
-def _plain(tags: Sequence[str], rules: SourceRules) -> list[str]:
-    """Return tags without emphasis, where brackets are that: what they hold together are several tags."""
-    if not rules.weights:
-        return list(tags)
-    texts = ("".join(text for text, _ in parse_weights(tag)) for tag in tags)
-    return [part for text in texts for part in text.split(rules.separator)]
 
 
 def _with_added(lists: pa.LargeListArray, added: Sequence[str]) -> pa.LargeListArray:
