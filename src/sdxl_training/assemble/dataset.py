@@ -89,6 +89,13 @@ def find_pictures(config: Config, progress: Progress, processes: Processes = ALO
             f"{len(left_out)} pictures without a caption are left out (data.captions.missing = leave_out); "
             f"the first: {left_out[0]}"
         )
+    unused = pictures.with_unused_tags
+    if len(unused):
+        progress.message(
+            f"{len(unused)} pictures have other tags beside their captions, which are not used: with "
+            "data.captions.kind = tags a caption is the tags; kind: prose keeps both apart; the first: "
+            f"{pictures[int(unused[0])].path}"
+        )
     if plan.left_out:
         progress.message(
             f"{len(plan.left_out)} pictures do not fit their bucket and are left out (data.buckets.small_pictures, "

@@ -78,6 +78,15 @@ class IndexedSource:
     def _captioned(self) -> NDArray[np.bool_]:
         return self._mask(pc.or_(pc.is_valid(self.table["captions"]), pc.is_valid(self.table["tags"])))
 
+    def with_unused_tags(self) -> NDArray[np.bool_]:
+        """Return which rows have other tags beside a caption that consists of tags itself."""
+        if self.rules.kind == "prose":
+            return np.zeros(self.table.num_rows, bool)
+        beside, captions = (self.table[name].chunk(0) for name in ("tags", "captions"))
+        others = pc.not_equal(joined_texts(beside, self.rules.separator), first_texts(captions))
+        some = pc.greater(pc.list_value_length(beside), 0)
+        return self._mask(pa.chunked_array([pc.fill_null(pc.and_(some, others), fill_value=False)]))
+
     def boxed(self) -> NDArray[np.bool_]:
         """Return which rows have a focus box."""
         return self._mask(pc.is_valid(self.table["focus"]))
@@ -97,12 +106,9 @@ class IndexedSource:
         return split_alternatives("\n".join(captions)) if self.rules.lines else tuple(captions)
 
     def tags(self, row: int) -> tuple[str, ...]:
-        """Return the tags beside the captions, or those of the first one; prose has none of its own."""
-        beside = self._value("tags", row)
-        if beside is not None:
-            return tuple(beside)
+        """Return the tags of the first caption, which are what is trained; of prose, the tags given beside it."""
         if self.rules.kind == "prose":
-            return ()
+            return tuple(self._value("tags", row) or ())
         return split_tags(self.captions(row)[0], self.rules.separator, self.rules.weights)
 
     def plain_tags(self, row: int) -> tuple[str, ...]:
@@ -306,6 +312,12 @@ class Pictures(Sequence[ImageRecord]):
             for row in source.without_caption()
         ]
 
+    @property
+    def with_unused_tags(self) -> Integers:
+        """Return the numbers of pictures with other tags beside a caption that consists of tags itself."""
+        unused = (source.with_unused_tags()[rows] for source, rows in zip(self.sources, self.rows, strict=True))
+        return np.flatnonzero(np.concatenate(list(unused)))
+
     def _refuse_missing_captions(self) -> None:
         problems = []
         for number, source in enumerate(self.sources):
@@ -326,6 +338,17 @@ class Pictures(Sequence[ImageRecord]):
             f"data.sources: of {self.found} pictures none is left: {len(bad)} cannot be read, {len(self.left_out)} "
             "have no caption, the others do not pass data.sources[].only. Correct the filters, or give other folders."
         )
+
+
+def first_texts(lists: pa.ListArray) -> pa.Array:
+    """Return the first text of each list; null where it has none."""
+    lengths = pc.list_value_length(lists).fill_null(0).to_numpy()
+    return lists.values.take(pa.array(lists.offsets.to_numpy()[:-1], mask=lengths == 0))
+
+
+def joined_texts(lists: pa.ListArray, separator: str) -> pa.Array:
+    """Return each list of tags as `join_tags` writes it; null where there is none."""
+    return pc.binary_join(lists, pa.scalar(join_tags(["", ""], separator), pa.large_string()))
 
 
 def _columns_of(texts: pa.Array) -> list[NDArray[np.generic]]:

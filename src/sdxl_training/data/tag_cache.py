@@ -17,7 +17,7 @@ from sdxl_training.data.index_files import generation_of
 from sdxl_training.data.pictures import IndexedSource, Pictures
 from sdxl_training.data.tag_column import TagColumn, tag_column
 
-VERSION, KEY = b"1", b"made_from"
+VERSION, KEY = b"2", b"made_from"
 CHECKSUM_BYTES = 16
 SCHEMA = pa.schema([("tags", pa.large_list(pa.dictionary(pa.int32(), pa.large_string())))])
 

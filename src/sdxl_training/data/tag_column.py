@@ -1,4 +1,4 @@
-"""The tags of all pictures of a run as numbers: a column of the index, made from captions and the tags beside them.
+"""The tags of all pictures of a run as numbers: a column of the index, made from captions or the tags beside them.
 
 A tag counts once a picture. Upper and lower case are the same tag, as they are to CLIP. Captions are split by Arrow,
 slice by slice, so that a million pictures take seconds and no list of their tags as text.
@@ -17,10 +17,11 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from sdxl_training.data.buckets import Integers
-from sdxl_training.data.pictures import IndexedSource, Pictures
+from sdxl_training.data.pictures import IndexedSource, Pictures, first_texts, joined_texts
 
 ROWS_AT_ONCE = 2**16
-TEXTS = pa.large_list(pa.large_string())
+TEXT = pa.large_string()
+TEXTS = pa.large_list(TEXT)
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,17 +72,14 @@ def _numbered(joined: pa.ChunkedArray, parents: Sequence[Integers], pictures: in
 def _lists_of(source: IndexedSource, rows: Integers) -> pa.LargeListArray:
     """Return the tags of these rows as they are written, blanks and empty ones included."""
     rules = source.rules
-    beside = source.table["tags"].chunk(0).take(rows).cast(TEXTS)
+    captions, beside = (source.table[name].chunk(0).take(rows) for name in ("captions", "tags"))
     if rules.weights or (rules.lines and rules.kind == "tags"):
         own = source.plain_tags if rules.weights else source.tags
         return pa.array([own(row) for row in rows.tolist()], TEXTS)
     if rules.kind == "prose":
-        return pc.fill_null(beside, pa.scalar([], TEXTS))
-    captions = source.table["captions"].chunk(0).take(rows)
-    lengths = pc.list_value_length(captions).fill_null(0).to_numpy()
-    first = captions.values.take(pa.array(captions.offsets.to_numpy()[:-1], mask=lengths == 0))
-    split = pc.split_pattern(pc.fill_null(first, ""), rules.separator).cast(TEXTS)
-    return pc.if_else(pc.is_valid(beside), beside, split)
+        return pc.fill_null(beside.cast(TEXTS), pa.scalar([], TEXTS))
+    texts = pc.coalesce(first_texts(captions), joined_texts(beside, rules.separator), pa.scalar("", TEXT))
+    return pc.split_pattern(texts, rules.separator).cast(TEXTS)
 
 
 def _with_added(lists: pa.LargeListArray, added: Sequence[str]) -> pa.LargeListArray:
