@@ -74,7 +74,7 @@ def find_pictures(config: Config, progress: Progress, processes: Processes = ALO
     pictures, contents, duplicates = without_duplicates(config, pictures, contents, progress, processes)
     refuse_absent_tags(config, pictures)
     sizes, crop = data.buckets, data.crop
-    if crop.position == "focus" and not pictures.check_focus():
+    if crop.position == "focus" and not pictures.boxed():
         progress.message(
             "data.crop.position = focus: no picture has a box, so all are cut at the centre. A box is called focus in "
             "a JSON caption; without any, position: centre says the same."

@@ -8,6 +8,7 @@ from pathlib import Path
 from sdxl_training.config.data import Source, source_kind
 from sdxl_training.config.schema import Config, cache_folder
 from sdxl_training.data.filters import Filter
+from sdxl_training.data.focus_boxes import with_bad_boxes
 from sdxl_training.data.folders import FolderSource
 from sdxl_training.data.known_contents import KnownContents
 from sdxl_training.data.listing import PictureSource
@@ -39,6 +40,8 @@ def open_pictures(config: Config, progress: Progress) -> tuple[Pictures, KnownCo
         except UserError as error:
             problems.append(f"data.sources.{number}.path = {shown(described.path)}: {error}")
         else:
+            if config.data.crop.position == "focus":
+                table = with_bad_boxes(table)
             opened.append(IndexedSource(source, source_rules(described, config), table))
     if problems:
         raise UserError("\n".join(problems))

@@ -136,11 +136,16 @@ def read_box(value: object, size_hw: SizeHW, place: str) -> Box:
     """
     box = _box_inside(value, size_hw) if isinstance(value, list | tuple) else None
     if box is None:
-        raise UserError(
-            f"{place} = {value}: must be [top, left, height, width] of a box inside the picture of "
-            f"{size_hw[0]}x{size_hw[1]} (height x width), in pixels or as fractions. Correct it, or take it out."
-        )
+        raise UserError(f"{place} = {not_inside(value, size_hw)}")
     return box
+
+
+def not_inside(value: object, size_hw: SizeHW) -> str:
+    """Return what is wrong with a box that does not lie in its picture."""
+    return (
+        f"{value}: must be [top, left, height, width] of a box inside the picture of {size_hw[0]}x{size_hw[1]} "
+        "(height x width), in pixels or as fractions. Correct it, or take it out."
+    )
 
 
 def _box_inside(values: Sequence[object], size_hw: SizeHW) -> Box | None:

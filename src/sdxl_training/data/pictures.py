@@ -20,7 +20,6 @@ from numpy.typing import NDArray
 from sdxl_training.data.buckets import Integers
 from sdxl_training.data.caption_weights import parse_weights
 from sdxl_training.data.captions import join_tags, split_alternatives, split_tags
-from sdxl_training.data.crops import read_box
 from sdxl_training.data.decoding import UnreadablePicture
 from sdxl_training.data.filters import EVERYTHING, Filter
 from sdxl_training.data.lazy import Lazy
@@ -86,10 +85,6 @@ class IndexedSource:
         others = pc.not_equal(joined_texts(beside, self.rules.separator), first_texts(captions))
         some = pc.greater(pc.list_value_length(beside), 0)
         return self._mask(pa.chunked_array([pc.fill_null(pc.and_(some, others), fill_value=False)]))
-
-    def boxed(self) -> NDArray[np.bool_]:
-        """Return which rows have a focus box."""
-        return self._mask(pc.is_valid(self.table["focus"]))
 
     def quarantined(self) -> Sequence[Quarantined]:
         """Return the pictures that cannot be used."""
@@ -188,21 +183,11 @@ class Pictures(Sequence[ImageRecord]):
         source = int(self.source_P[number])
         return self.sources[source].record(source, int(self.row_P[number]), number)
 
-    def check_focus(self) -> int:
-        """Return how many pictures have a focus box; raises one UserError for all that do not lie in their pictures."""
-        problems, boxes = [], 0
-        for number, source in enumerate(self.sources):
-            boxed = np.intersect1d(np.flatnonzero(source.boxed()), self.rows[number])
-            boxes += len(boxed)
-            for row in boxed.tolist():
-                try:
-                    record = source.record(number, row, 0)
-                    read_box(record.focus, record.size_hw, f"{record.path}: focus")
-                except UserError as error:
-                    problems.append(str(error))
-        if problems:
-            raise UserError(f"data.crop.position = focus:\n{_listed(problems)}")
-        return boxes
+    def boxed(self) -> int:
+        """Return how many pictures have a focus box."""
+        return sum(
+            len(boxes) - boxes.null_count for boxes in (self.taken(n, "focus") for n in range(len(self.sources)))
+        )
 
     def subset(self, kept_P: NDArray[np.bool_]) -> Pictures:
         """Return only the pictures that are marked."""

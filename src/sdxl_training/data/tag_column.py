@@ -17,7 +17,8 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from sdxl_training.data.buckets import Integers
-from sdxl_training.data.pictures import IndexedSource, Pictures, first_texts, joined_texts
+from sdxl_training.data.caption_weights import parse_weights
+from sdxl_training.data.pictures import IndexedSource, Pictures, SourceRules, first_texts, joined_texts
 
 ROWS_AT_ONCE = 2**16
 TEXT = pa.large_string()
@@ -80,6 +81,14 @@ def _lists_of(source: IndexedSource, rows: Integers) -> pa.LargeListArray:
         return pc.fill_null(beside.cast(TEXTS), pa.scalar([], TEXTS))
     texts = pc.coalesce(first_texts(captions), joined_texts(beside, rules.separator), pa.scalar("", TEXT))
     return pc.split_pattern(texts, rules.separator).cast(TEXTS)
+
+
+def _plain(tags: Sequence[str], rules: SourceRules) -> list[str]:
+    """Return tags without emphasis, where brackets are that: what they hold together are several tags."""
+    if not rules.weights:
+        return list(tags)
+    texts = ("".join(text for text, _ in parse_weights(tag)) for tag in tags)
+    return [part for text in texts for part in text.split(rules.separator)]
 
 
 def _with_added(lists: pa.LargeListArray, added: Sequence[str]) -> pa.LargeListArray:
