@@ -520,6 +520,7 @@ def test_a_run_with_two_variants_trains_with_workers_and_goes_on_without_encodin
     assert 6 <= len(asked) <= 13  # of 12 and the empty one, two pictures have the same two tags
     asked.clear()
     settings["global_config"]["run_name"] = "again"
+    monkeypatch.setattr(texts_module, "fill_texts", lambda *_: pytest.fail("drawn again"))
     again = run(tmp_path, settings, "again")
     assert [row["loss"] for row in again] == [row["loss"] for row in rows]
     assert asked == []

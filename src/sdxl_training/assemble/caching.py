@@ -72,7 +72,7 @@ def cache_texts(config: Config, dataset: Dataset, group: Group, progress: Progre
     if group.is_main:
         check_captions(config, tokenizer, records, progress)
     with open_store_writer(config, text_folder(config), group, progress) as writer:
-        fill_text_cache(config, records, text, tokenizer, writer, group, progress)
+        fill_text_cache(config, records, dataset.captions_name, text, tokenizer, writer, group, progress)
 
 
 def verify_cache(config: Config, progress: Progress) -> None:

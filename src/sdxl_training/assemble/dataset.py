@@ -237,6 +237,11 @@ class Dataset:
         pieces = _digest([_as_bytes(f"{self._which()} {self.plan.cut}"), np.frombuffer(self.cache.settings, np.uint8)])
         return f"claims-{pieces[:16]}"
 
+    @property
+    def captions_name(self) -> str:
+        """Return a digest of which records there are and what their captions say, so of all captions but for rules."""
+        return _digest_text([self._which(), str(self.plan.buckets), self.fingerprint["captions"]])
+
     def _which(self) -> str:
         return _digest([*self.found.pictures.names(), self.plan.picture_N, self.plan.bucket_N])
 

@@ -190,8 +190,11 @@ class Session:
         """Encode the captions; from then on batches bring their text states, and the GPU is rid of the encoders."""
         records = self.dataset.plan.records
         move_encoders(self.sdxl, self.group.device)
+        which = self.dataset.captions_name
         with open_store_writer(self.config, text_folder(self.config), self.group, self.progress) as writer:
-            texts = fill_text_cache(self.config, records, self.sdxl, self.tokenizer, writer, self.group, self.progress)
+            texts = fill_text_cache(
+                self.config, records, which, self.sdxl, self.tokenizer, writer, self.group, self.progress
+            )
         self.micro_batches = replace(self.micro_batches, texts=texts)
         self.park_encoders()
         self.progress.message("the text encoders left the GPU: captions come from the cache")

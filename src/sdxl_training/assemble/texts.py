@@ -14,6 +14,7 @@ import torch
 from sdxl_training.assemble.captions import caption_rules
 from sdxl_training.config.schema import Config, cache_folder
 from sdxl_training.data.claims import Claims
+from sdxl_training.data.kept_captions import KeptCaptions
 from sdxl_training.data.store_writer import StoreWriter
 from sdxl_training.data.text_states import States, TextCache, TextShape, captions_to_keep, fill_texts
 from sdxl_training.model.sdxl import TextParts
@@ -48,25 +49,36 @@ def text_shape(sdxl: TextParts) -> TextShape:
 def fill_text_cache(
     config: Config,
     records: Sequence[ImageRecord],
+    drawn_from: str,
     sdxl: TextParts,
     tokenizer: CaptionTokenizer,
     writer: StoreWriter,
     group: Group,
     progress: Progress,
 ) -> TextCache:
-    """Encode the captions that the cache lacks, together with every other process that does; return it full."""
-    cache, variants = open_texts(config, sdxl), config.data.cache.text_variants
+    """Encode the captions that the cache lacks, together with every other process that does; return it full.
+
+    drawn_from: names pictures and captions; where they are those of an earlier start, captions are not drawn anew.
+    """
+    cache, variants, seed = open_texts(config, sdxl), config.data.cache.text_variants, config.global_config.seed
+    rules = caption_rules(config)
+    kept = KeptCaptions(cache, f"{drawn_from} {rules} {seed}")
+    if kept.all_there(captions_to_keep(records, rules, seed, variants)):
+        progress.message(f"all captions are encoded already; {len(cache.store)} are kept")
+        return cache
     begin = len(records) * group.rank // group.world_size  # processes that begin apart rarely meet
     in_own_order = (records[(begin + number) % len(records)] for number in range(len(records)))
     encoded = fill_texts(
         cache,
-        captions_to_keep(in_own_order, caption_rules(config), config.global_config.seed, variants),
+        kept.noting(captions_to_keep(in_own_order, rules, seed, variants)),
         1 + len(records) * variants,
         partial(encode_captions, sdxl, tokenizer),
         writer,
         Claims(text_folder(config) / CLAIMS),
         progress,
     )
+    if group.is_main:
+        kept.remember()
     here = " by this process" if group.world_size > 1 else ""
     progress.message(f"{encoded} captions encoded{here}; {len(cache.store)} are kept")
     return cache
