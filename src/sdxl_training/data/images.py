@@ -6,7 +6,6 @@ Shape legend: H x W pixel rows and columns, C = 3 colour channels.
 from __future__ import annotations
 
 import hashlib
-import io
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +17,7 @@ from torch.nn.functional import interpolate
 
 from sdxl_training.data.colour import RGB, WHITE
 from sdxl_training.data.decoding import PictureHeader, UnreadablePicture, decode_pixels, read_header
-from sdxl_training.records import CropPlan, SizeHW
+from sdxl_training.records import CropPlan
 
 __all__ = [
     "RESAMPLING",
@@ -29,7 +28,6 @@ __all__ = [
     "look_at",
     "read_file",
     "read_pixels",
-    "read_size",
     "resize_and_crop",
     "to_model_range",
 ]
@@ -65,14 +63,6 @@ def look_at(path: str) -> PictureHeader:
 def digest_content(data: bytes) -> bytes:
     """Return the BLAKE2b digest (16 bytes) that stands for a file's content."""
     return hashlib.blake2b(data, digest_size=16).digest()
-
-
-def read_size(data: bytes, path: str) -> SizeHW:
-    """Return (height, width) as a viewer shows the picture, from its header alone.
-
-    Raises UnreadablePicture when the content is not a picture.
-    """
-    return read_header(io.BytesIO(data), path).size_hw
 
 
 def read_pixels(path: str, background: RGB = WHITE) -> Tensor:

@@ -127,8 +127,9 @@ def _ending_workers(made: Iterator[object]) -> Iterator[None]:
     if not isinstance(made, _MultiProcessingDataLoaderIter):
         yield
         return
-    # Unlike atexit, this also runs where the program is itself a child process.
-    end = Finalize(None, made._shutdown_workers, exitpriority=0)
+    # Unlike atexit, this also runs where the program is itself a child process; and before the queues by which workers
+    # are told to end are closed (10), without which they would be waited for.
+    end = Finalize(None, made._shutdown_workers, exitpriority=20)
     try:
         yield
     finally:
