@@ -181,6 +181,7 @@ def test_epsilon_at_snr_0_is_explained(tmp_path):
             "data.crop.variants",
             "or set data.cache.mode: none, which cuts anew at each visit",
         ),
+        (["data.crop.seed=3"], "data.crop.seed", "no effect with position: centre; set position: random"),
         (["training.pixels_per_batch=1048575"], "training.pixels_per_batch", "data.resolution squared = 1048576"),
         (
             [LIST, "training.pixels_per_batch=8191"],
