@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
+from sdxl_training.assemble.caching import verify_cache
 from sdxl_training.assemble.dataset import (
     Dataset,
     arithmetic,
@@ -368,9 +369,9 @@ def test_all_sources_that_cannot_serve_are_named_at_once(pictures: Path, tmp_pat
 
 def places_shown(config: Config, dataset: Dataset, record: int) -> list[tuple[int, int]]:
     """Return where the first visits of a record are cut, as the loader of a run finds it."""
-    batches = _micro_batches(config, GROUP, SimpleNamespace(with_weights=None), dataset)
-    seen = [batches._sample(Draw(record, visit)) for visit in range(100)]
-    assert all(isinstance(one.latent, Unencoded) and one.latent.plan == one.plan for one in seen)
+    no_tokens = SimpleNamespace(with_weights=lambda captions: (torch.zeros(len(captions), 1),) * 2 + (None,))
+    batches = _micro_batches(config, GROUP, no_tokens, dataset)
+    seen = [batches.collect([Draw(record, visit)], (0,), 1).unencoded[0] for visit in range(100)]
     return [one.plan.crop_tl for one in seen]
 
 
@@ -489,3 +490,33 @@ def test_a_picture_without_a_finite_latent_belongs_to_the_vae_and_not_to_the_fil
     assert sum(isinstance(one, Unencoded) for one in fetched(again)) == 1
     filled(config, again, encode)
     assert not any(isinstance(one, Unencoded) for one in fetched(again))
+
+
+class Counted(Heard):
+    """Remembers how far each bar came."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bars: list[list[int]] = []
+
+    @contextmanager
+    def track(self, description: str, total: int) -> Iterator[Callable[[int], None]]:
+        bar = [0, total]
+        self.bars.append(bar)
+
+        def advance(count: int) -> None:
+            bar[0] += count
+
+        yield advance
+
+
+def test_verify_reads_all_that_is_kept_and_its_bar_ends_at_its_end(pictures: Path, tmp_path: Path) -> None:
+    config, dataset = dataset_of(pictures, tmp_path, cache={"mode": "first", "text_variants": 1})
+    filled(config, dataset)
+    (shard,) = latent_folder(config).glob("*/*.blobs")
+    shard.write_bytes(shard.read_bytes()[:-1])
+    filled(*dataset_of(pictures, tmp_path, cache={"mode": "first", "text_variants": 1}))
+    counted = Counted()
+    verify_cache(config, counted)
+    assert counted.bars == [[11, 11], [0, 0]], "ten pictures, one of them twice; no text states yet"
+    assert [text.split(" are ")[0] for text in counted.said] == ["10 latents", "0 text states"]

@@ -437,6 +437,17 @@ def test_verify_reads_everything_whatever_the_seal_says(tmp_path: Path, reads: l
     assert intact(Store(tmp_path), 12) == [*range(7), *range(8, 12)]
 
 
+def test_verify_counts_what_it_reads_to_the_end(tmp_path: Path) -> None:
+    """Also where entries are damaged already, or were written again."""
+    folder = write(tmp_path, *range(12), shard_bytes=3000)
+    change(folder / "0001.blobs", 5)
+    write(tmp_path, 3, 7)
+    store, counts = Store(tmp_path), []
+    assert len(store) == 12
+    store.verify(counts.append)
+    assert sum(counts) == store.recorded == 14
+
+
 def test_verify_finds_a_shard_that_is_back(tmp_path: Path) -> None:
     folder = write(tmp_path, 0, 1)
     (folder / "0000.blobs").rename(tmp_path / "away")

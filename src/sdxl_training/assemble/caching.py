@@ -82,7 +82,7 @@ def verify_cache(config: Config, progress: Progress) -> None:
         folders["text states"] = text_folder(config)
     for what, folder in folders.items():
         store = Store(folder)
-        with progress.track(f"reading all {what}", len(store)) as advance:
+        with progress.track(f"reading all {what}", store.recorded) as advance:
             damaged = store.verify(advance)
         for damage in damaged:
             progress.message(str(damage))

@@ -127,6 +127,11 @@ class Store:
         """Return the number of distinct keys."""
         return len(self.keys())
 
+    @property
+    def recorded(self) -> int:
+        """Return the number of all entries, also of those that are damaged or that a later one has replaced."""
+        return len(self._entries_N)
+
     def keys(self) -> Keys:
         """Return the distinct keys (M, 2), in no particular order."""
         newest = self._newest.keys(self._entries_N)
@@ -180,7 +185,7 @@ class Store:
     def verify(self, advance: Callable[[int], object] = lambda entries: None) -> tuple[Damage, ...]:
         """Read every entry, sealed or not, and leave out those that are damaged; return what must be made again.
 
-        advance: called with the number of entries of each shard that has been read.
+        advance: called with the number of entries of each shard that has been read; in all `recorded`.
         """
         self.damaged = ()
         self._entries_N["layout"] &= DEAD - 1  # perhaps a missing shard is back
