@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from torch import Tensor
 from sdxl_training.assemble import session as session_module
 from sdxl_training.assemble import texts as texts_module
 from sdxl_training.assemble import training as training_module
-from sdxl_training.assemble.captions import build_tokenizer
+from sdxl_training.assemble.captions import build_tokenizer, caption_rules
 from sdxl_training.assemble.drawing import build_painter, sampling_of
 from sdxl_training.assemble.folder import RunFolder
 from sdxl_training.assemble.session import Session, open_session
@@ -42,7 +43,7 @@ from sdxl_training.model.load import load_sdxl
 from sdxl_training.model.sdxl import SDXL
 from sdxl_training.model.text import caption_tokenizer, encode_text, text_fingerprint
 from sdxl_training.parallel.group import Group
-from sdxl_training.records import Draw, ImageRecord, UserError
+from sdxl_training.records import Batch, Draw, ImageRecord, UserError
 from sdxl_training.rng import Stream, numpy_generator
 from sdxl_training.tracking.progress import SilentProgress
 from tests.latents import Silent
@@ -131,14 +132,16 @@ def test_states_beyond_sixteen_bits_are_refused_by_caption(tmp_path: Path) -> No
     assert not open_cache(tmp_path).has("a fox")
 
 
-def test_a_damaged_entry_is_absent(tmp_path: Path) -> None:
+def test_a_damaged_entry_is_absent(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     cache = open_cache(tmp_path)
     fill(cache, ["a"])
     (shard,) = tmp_path.glob("*/*.blobs")
     shard.write_bytes(shard.read_bytes()[:8])
     assert cache.read("a") is None
-    with pytest.raises(UserError, match=r"/p/1\.png: the text states of its caption are not in the cache"):
-        cache.read_batch(["a"], ["/p/1.png"])
+    for _ in range(2):
+        assert cache.read_batch(["a"], ["/p/1.png"]) is None
+    lost = [text for text in caplog.messages if "/p/1.png: the text states of its caption are no longer" in text]
+    assert len(lost) == 1, "said once"
     assert fill(open_cache(tmp_path), ["a"]) == ["a"]
 
 
@@ -402,15 +405,35 @@ def test_compression_reaches_text_states(tmp_path: Path, model: Path, pictures: 
     assert all(torch.equal(*pair) for pair in zip(states["none"], states["lossless"], strict=True))
 
 
-def test_a_missing_entry_is_refused_by_picture(session_of: Callable[..., Session]) -> None:
-    session = session_of(2)
+def test_text_states_lost_during_a_run_are_made_in_passing_and_stored_again_by_the_next_start(
+    session_of: Callable[..., Session], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session, draws = session_of(2, caption_dropout=0.4), [Draw(number, 1) for number in range(6)]
     session.fill()
-    texts = session.micro_batches.texts
-    assert texts is not None
-    empty = replace(session.micro_batches, texts=TextCache(texts.store.folder, "other", texts.shape, 2))
-    with pytest.raises(UserError, match=r"0\.png: the text states of its caption are not in the cache"):
-        empty.collect([Draw(0, 0)], (0,), 1)
+
+    def batch(session: Session) -> Batch:
+        return session.to_device(session.micro_batches.collect(draws, range(6), 6))
+
+    whole = batch(session)
+    for shard in text_folder(session.config).glob("*/*.blobs"):
+        os.truncate(shard, shard.stat().st_size // 2)
+    made = batch(session)
     session.close()
+    assert any(text is None for text in map(session.micro_batches.texts.read, ("", *kept_captions(session))))
+    again = session_of(2, caption_dropout=0.4)
+    again.fill()
+    monkeypatch.setattr(again.sdxl.text_encoder, "forward", lambda *_, **__: pytest.fail("encoded again"))
+    for one in (made, batch(again)):
+        assert torch.equal(one.latents_BCHW, whole.latents_BCHW)
+        torch.testing.assert_close(one.conditioning.text_BLD, whole.conditioning.text_BLD, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(one.conditioning.pooled_BP, whole.conditioning.pooled_BP, rtol=1e-3, atol=1e-3)
+        assert torch.equal(one.conditioning.text_BLD, one.conditioning.text_BLD.half().float()), "rounded as it is kept"
+    again.close()
+
+
+def kept_captions(session: Session) -> list[str]:
+    records, seed = session.dataset.plan.records, session.config.global_config.seed
+    return list(captions_to_keep(records, caption_rules(session.config), seed, 2))
 
 
 def test_a_picture_is_drawn_with_encoders_on_another_device(session_of: Callable[..., Session]) -> None:

@@ -119,8 +119,10 @@ class Session:
 
     def _encode_text(self, *ids_and_weights: Any) -> tuple[Tensor, Tensor]:
         """Return text_BLD and pooled_BP on the device, wherever the encoders are."""
-        text_BLD, pooled_BP = encode_text(self.sdxl, *ids_and_weights)
-        return text_BLD.to(self.group.device), pooled_BP.to(self.group.device)
+        states = encode_text(self.sdxl, *ids_and_weights)
+        if self.micro_batches.texts is not None:  # lost: made again as the cache kept them
+            states = states[0].half().float(), states[1].half().float()
+        return states[0].to(self.group.device), states[1].to(self.group.device)
 
     def quarantine(self, bad: Sequence[Quarantined]) -> None:
         """Name pictures that turned out to be of no use, each once; raises UserError where there are too many."""

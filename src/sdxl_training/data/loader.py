@@ -101,7 +101,7 @@ class MicroBatches(Dataset[RawBatch]):
     captions vary, for each source. With `couple`, noise changes hands within the global batch; each process then reads
     all its latents. needs_latents: the noise depends on the latents, so all must be in the cache. posterior: whether a
     visit draws from the VAE's distribution or takes its mean. texts: where text states are found; captions then are
-    those that it keeps, and are not tokenised.
+    those that it keeps, and are tokenised only where some are lost.
 
     A picture that cannot be decoded is replaced by the next one of its bucket that can, so a batch is always full and,
     since what can be decoded is a property of the pictures, always the same.
@@ -252,10 +252,11 @@ class MicroBatches(Dataset[RawBatch]):
         return draw_caption(record.captions, rules, generator, record.tags)
 
     def read_captions(self, captions: list[str], paths: Sequence[str]) -> dict[str, Any]:
-        """Return what a RawBatch has of these captions; paths: of their pictures, for errors."""
-        if self.texts is None:
+        """Return what a RawBatch has of captions, text states or tokens; paths: of their pictures, for messages."""
+        states = None if self.texts is None else self.texts.read_batch(captions, paths)
+        if states is None:
             return dict(zip(("ids_1_BL", "ids_2_BL", "weights_EBL"), self.tokenize(captions), strict=True))
-        text_BLD, pooled_BP = self.texts.read_batch(captions, paths)
+        text_BLD, pooled_BP = states
         no_ids = dict.fromkeys(("ids_1_BL", "ids_2_BL"), torch.empty(len(captions), 0, dtype=torch.int64))
         return {**no_ids, "weights_EBL": None, "text_BLD": text_BLD, "pooled_BP": pooled_BP}
 

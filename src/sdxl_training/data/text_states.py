@@ -74,6 +74,7 @@ class TextCache:
         self.store = Store(folder)
         self.shape = shape
         self.variants = variants
+        self._said_lost = False
         self._settings = hashlib.blake2b(f"{CODE_VERSION} {shape} {settings}".encode(), digest_size=16).digest()
 
     def key(self, text: str) -> bytes:
@@ -93,22 +94,31 @@ class TextCache:
         states = self._read_half(text)
         return None if states is None else (states[0].float(), states[1].float())
 
-    def read_batch(self, texts: Sequence[str], paths: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Return text_BLD and pooled_BP of captions, as they are stored: fp16.
+    def read_batch(self, texts: Sequence[str], paths: Sequence[str]) -> tuple[Tensor, Tensor] | None:
+        """Return text_BLD and pooled_BP of captions, as they are stored: fp16; None where one has no entry.
 
-        paths: the captions' pictures; raises UserError, naming the picture, where a caption has no entry.
+        paths: the captions' pictures; the first whose caption is lost is named.
         """
         states = []
         for text, path in zip(texts, paths, strict=True):
             each = self._read_half(text)
             if each is None:
-                raise UserError(
-                    f"{path}: the text states of its caption are not in the cache ({self.store.folder}). Start the "
-                    "same command again: what is missing is then encoded first."
-                )
+                self._say_lost(path)
+                return None
             states.append(each)
         text_BLD = same_length([text_LD for text_LD, _ in states], self.shape.chunk)
         return text_BLD, torch.stack([pooled_P for _, pooled_P in states])
+
+    def _say_lost(self, path: str) -> None:
+        if not self._said_lost:
+            log.warning(
+                "%s: the text states of its caption are no longer in the cache (%s). This batch's captions are encoded "
+                "anew, and so are those of all others that miss some, which takes time. The next start stores them "
+                "again.",
+                path,
+                self.store.folder,
+            )
+        self._said_lost = True
 
     def _read_half(self, text: str) -> States | None:
         row = int(self.store.find(as_keys([self.key(text)]))[0])
