@@ -172,9 +172,9 @@ def arithmetic(config: Config, schedule: BatchSchedule, processes: int) -> str:
     parts = f"accumulation {training.accumulation} x processes {processes}"
     if training.pixels_per_batch is None:
         return f"batch_size {training.batch_size} x {parts} = {schedule.global_batch} images a step"
-    sizes = schedule.global_batches.values()
+    least, most = min(schedule.global_batches.values()), max(schedule.global_batches.values())
     each = f"micro-batches of {training.pixels_per_batch} pixels, or one larger picture, x {parts}"
-    return f"{each} = {min(sizes)} to {max(sizes)} images a step, by bucket"
+    return f"{each} = " + (f"{most} images a step" if least == most else f"{least} to {most} images a step, by bucket")
 
 
 @dataclass(frozen=True)

@@ -135,10 +135,8 @@ class BatchSchedule:
         return whole + int(np.asarray(self._sizes)[begun].sum())
 
     def epoch_of(self, step: int) -> float:
-        """Return how many epochs are over before update `step`, with the fraction of the one under way."""
-        epoch = self._epoch_containing(step)
-        first, end = self.steps_before_epoch(epoch), self.steps_before_epoch(epoch + 1)
-        return epoch + (step - first) / (end - first)
+        """Return how many epochs' worth of pictures updates 0 .. step - 1 draw."""
+        return self.images_before(step) / self.images_per_epoch
 
     def _epoch_containing(self, step: int) -> int:
         """Return e with steps_before_epoch(e) <= step < steps_before_epoch(e + 1)."""
