@@ -2,7 +2,7 @@
 
 import json
 import os
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from html.parser import HTMLParser
 
 import pytest
@@ -23,6 +23,7 @@ from sdxl_training.assemble.plan_report import (
 )
 from sdxl_training.data.buckets import Fitting
 from sdxl_training.data.caption_weights import parse_weights
+from sdxl_training.data.captions import CaptionRules
 from sdxl_training.data.contact_sheet import printable
 from sdxl_training.data.listing import pictures_of
 from sdxl_training.data.picture_plan import plan_resolutions
@@ -33,6 +34,7 @@ from sdxl_training.model.text import CaptionTokenizer
 from sdxl_training.records import Bucket, ImageRecord, Quarantined
 from sdxl_training.tracking.report_plan import Section, Table, sections_as_html, sections_as_text
 
+PROSE = [CaptionRules(kind="prose")]
 SQUARE, WIDE = Bucket((64, 64)), Bucket((32, 128))
 NASTY = "/a/line\nbreak <b>&\"'\x1b[31m 😀 \udce4.png"
 SHOWN = "/a/line\\nbreak <b>&\"'\\x1b[31m 😀 \\udce4.png"
@@ -260,6 +262,11 @@ def test_a_full_disk_is_announced():
     assert "too little" not in report_of(FOUR, cache=CacheState("/cache", "first", 4, 400, 2**20, 4)).text()
     unknown = CacheState("/cache", "first", 4, 400 * 2**20, 2**40, None, unknown="the VAE is not here")
     assert unknown.bytes_to_write == 400 * 2**20
+    texts = CacheState("/cache", "first", 4, 400, 100 * 2**20, 4, text_bytes=300 * 2**20, text_bytes_there=50 * 2**20)
+    said = report_of(FOUR, cache=texts).text()
+    assert "text states: at most 300.0 MiB" in said
+    assert "100.0 MiB free on that disk: 150.0 MiB too little for the 250.0 MiB to be written" in said
+    assert replace(texts, text_bytes_there=400 * 2**20).bytes_to_write == 0
     assert "what is there already is not known: the VAE is not here" in report_of(FOUR, cache=unknown).text()
 
 
@@ -359,7 +366,7 @@ def pictures_with(captions) -> Pictures:
 def test_captions_are_counted_or_it_is_said_why_not():
     pictures = pictures_with(["a", "circle " * 100, "b", "circle " * 100])
     plan = plan_resolutions(pictures, [[SQUARE]], Fitting(), columns=pictures.columns())
-    figures = caption_figures("miniature", pictures, plan)
+    figures = caption_figures("miniature", pictures, plan, PROSE)
     assert (figures.pictures, figures.pictures_counted, figures.table.captions) == (4, 4, 4)
     assert figures.table.over[90] == 2
     text = report_of(FOUR, captions=figures).text()
@@ -368,14 +375,23 @@ def test_captions_are_counted_or_it_is_said_why_not():
         in text
     )
     assert "a run reads 30 tokens of each; the rest is never seen" in text
-    figures = caption_figures("miniature", pictures, plan, most=2)
+    figures = caption_figures("miniature", pictures, plan, PROSE, most=2)
     assert (figures.pictures, figures.pictures_counted, figures.table.over[90]) == (4, 2, 0)  # the first and third
     assert "2 captions of 2 pictures, evenly spread over all 4: 0 over 30 " in report_of(FOUR, captions=figures).text()
-    absent = caption_figures("nobody/has-it", pictures, plan)
+    absent = caption_figures("nobody/has-it", pictures, plan, PROSE)
     assert absent.table is None
     assert absent.not_counted == (
         "the tokenizers of model.source = nobody/has-it are not on this machine, and a plan fetches nothing"
     )
+
+
+def test_templates_and_added_tags_count():
+    pictures = pictures_with(["circle " * 20])
+    plan = plan_resolutions(pictures, [[SQUARE]], Fitting(), columns=pictures.columns())
+    longer = [CaptionRules(kind="prose", templates=("{caption}", "{caption} {caption}"), front=("a",))]
+    plain, varied = (caption_figures("miniature", pictures, plan, rules).table for rules in (PROSE, longer))
+    assert (plain.captions, varied.captions) == (1, 2)
+    assert varied.longest > 2 * plain.longest
 
 
 def test_tokenizers_are_never_fetched(monkeypatch, tmp_path):

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sdxl_training.data.buckets import Fitting
+from sdxl_training.data.captions import CaptionRules
 from sdxl_training.data.filters import Filter
 from sdxl_training.data.listing import pictures_of
 from sdxl_training.data.picture_plan import plan_resolutions
@@ -114,7 +115,10 @@ def test_tags_and_captions_are_those_of_the_records():
     )
     numbers = range(len(both))
     assert list(tags_of(both, numbers)) == [one.tags for one in both]
-    assert list(captions_of(both, numbers)) == [caption for one in both for caption in one.captions]
+    prose = [CaptionRules(kind="prose")] * 2
+    assert list(captions_of(both, numbers, prose)) == [caption for one in both for caption in one.captions]
+    varied = [CaptionRules(";", templates=("{caption}", "of {tags}"), front=("n",)), CaptionRules(back=("v", "k"))]
+    assert list(captions_of(both, [0, 2], varied)) == ["n; x; y", "n; of x; y", "n; z", "n; of z", "u, v, k", "w, v, k"]
     assert list(tags_of(both, np.array([2, 0]))) == [("u", "v"), ("x", "y")]
 
 

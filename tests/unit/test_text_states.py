@@ -20,8 +20,10 @@ from sdxl_training.assemble import session as session_module
 from sdxl_training.assemble import texts as texts_module
 from sdxl_training.assemble import training as training_module
 from sdxl_training.assemble.captions import build_tokenizer, caption_rules
+from sdxl_training.assemble.dataset import find_pictures
 from sdxl_training.assemble.drawing import build_painter, sampling_of
 from sdxl_training.assemble.folder import RunFolder
+from sdxl_training.assemble.planning import cache_state, text_bytes
 from sdxl_training.assemble.session import Session, open_session
 from sdxl_training.assemble.texts import encode_captions, move_encoders, open_texts, text_folder, text_shape
 from sdxl_training.assemble.training import train
@@ -565,3 +567,16 @@ def test_previews_and_captions_are_read_alike(sdxl: SDXL, tmp_path: Path, model:
     tokenizer = build_tokenizer(config, sdxl)
     (plain, _), (heavy, _) = encode_captions(sdxl, tokenizer, ["a fox", "a (fox:1.5)"])
     assert not torch.allclose(plain, heavy)
+
+
+def test_a_plan_counts_what_text_states_take(tmp_path: Path, model: Path, pictures: Path, sdxl: SDXL) -> None:
+    values = settings_of(tmp_path, model, pictures, 2, captions={"max_tokens": 150})
+    config = Config.model_validate(values)
+    assert text_bytes(config, 6) == projected_bytes(6, 2, 2, text_shape(sdxl))
+    state = cache_state(config, find_pictures(config, SilentProgress()))
+    assert state is not None
+    assert (state.text_bytes, state.text_bytes_there) == (text_bytes(config, 6), 0)
+    values["model"] = {"source": "owner/not-here"}
+    assert text_bytes(Config.model_validate(values), 6) == 13 * 2 * (2 * 77 * 2048 + 1280)
+    values["data"]["cache"]["text_variants"] = 0
+    assert text_bytes(Config.model_validate(values), 6) == 0

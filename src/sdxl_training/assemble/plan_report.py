@@ -12,6 +12,7 @@ from huggingface_hub import snapshot_download
 from PIL import Image
 from transformers import CLIPTokenizer
 
+from sdxl_training.data.captions import CaptionRules
 from sdxl_training.data.contact_sheet import describe_crop, printable
 from sdxl_training.data.picture_plan import NOTABLE_CROP, PicturePlan
 from sdxl_training.data.pictures import Pictures
@@ -78,6 +79,7 @@ class CacheState:
 
     bytes_when_full: with all latents, without compression. there: latents that are usable; None where that cannot be
     known, for the reason in `unknown`. to_encode: latents by the reason why they must be made. bytes_free: on the disk.
+    text_bytes: the most that the text states of all captions take. text_bytes_there: what lies in their folder.
     """
 
     folder: str
@@ -88,12 +90,15 @@ class CacheState:
     there: int | None = None
     to_encode: dict[str, int] = field(default_factory=dict)
     unknown: str = ""
+    text_bytes: int = 0
+    text_bytes_there: int = 0
 
     @property
     def bytes_to_write(self) -> int:
-        """Return about how much is still to be written."""
+        """Return about how much is still to be written, at most."""
         lacking = self.latents - (self.there or 0)
-        return self.bytes_when_full * lacking // max(self.latents, 1)
+        latents = self.bytes_when_full * lacking // max(self.latents, 1)
+        return latents + max(self.text_bytes - self.text_bytes_there, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -293,6 +298,10 @@ def _cache_section(cache: CacheState | None) -> Section:
         reasons = ", ".join(f"{reason} {count:,}" for reason, count in cache.to_encode.items() if count)
         told = f" ({reasons})" if reasons else ""
         lines.append(f"{cache.there:,} there already, {sum(cache.to_encode.values()):,} to encode{told}")
+    if cache.text_bytes:
+        lines.append(
+            f"text states: at most {_bytes(cache.text_bytes)}, were all captions different and as long as can be"
+        )
     short = cache.bytes_to_write - cache.bytes_free
     lines.append(
         f"{_bytes(cache.bytes_free)} free on that disk"
@@ -320,13 +329,15 @@ def caption_figures(
     source: str,
     pictures: Pictures,
     plan: PicturePlan,
+    rules: Sequence[CaptionRules],
     chunks: int = 1,
     read: ReadWeights = plain_text,
     most: int = CAPTIONS_COUNTED,
 ) -> CaptionFigures:
     """Return the caption figures of a plan of `pictures`.
 
-    source: of the model. chunks, read: see CaptionTokenizer. most: pictures whose captions are counted.
+    source: of the model. rules: how captions vary, for each source. chunks, read: see CaptionTokenizer. most: pictures
+    whose captions are counted.
     """
     numbers = planned_pictures(plan)
     tokenizers = find_tokenizers(source)
@@ -335,7 +346,7 @@ def caption_figures(
         return CaptionFigures(len(numbers), not_counted=absent)
     counted = evenly_spread(numbers, most)
     tokenizer = CaptionTokenizer(*tokenizers, chunks, read=read)
-    return count_captions(captions_of(pictures, counted), tokenizer, len(numbers), len(counted))
+    return count_captions(captions_of(pictures, counted, rules), tokenizer, len(numbers), len(counted))
 
 
 def find_tokenizers(source: str) -> tuple[CLIPTokenizer, CLIPTokenizer] | None:

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 
+from sdxl_training.assemble.captions import TOKENS_OF_A_CHUNK, caption_rules
 from sdxl_training.assemble.dataset import (
     FoundPictures,
     build_schedule,
@@ -30,6 +31,7 @@ from sdxl_training.assemble.plan_report import (
     build_plan_report,
     caption_figures,
 )
+from sdxl_training.assemble.texts import text_folder
 from sdxl_training.config.load import LoadedConfig
 from sdxl_training.config.schema import Config
 from sdxl_training.data.cache import LatentCache, Reasons, projected_bytes
@@ -46,8 +48,10 @@ from sdxl_training.data.statistics import (
     tag_table,
     tags_of,
 )
+from sdxl_training.data.text_states import TextShape
+from sdxl_training.data.text_states import projected_bytes as projected_text_bytes
 from sdxl_training.model.latents import set_up_vae, vae_fingerprint
-from sdxl_training.model.load import is_local, load_vae
+from sdxl_training.model.load import TEXT_SHAPE, is_local, load_text_shape, load_vae
 from sdxl_training.model.text import plain_text
 from sdxl_training.parallel.group import own_device
 from sdxl_training.records import UserError
@@ -128,7 +132,8 @@ def make_report(
             config.model.source,
             found.pictures,
             found.plan,
-            captions.max_tokens // 75,
+            caption_rules(config),
+            captions.max_tokens // TOKENS_OF_A_CHUNK,
             read,
             CAPTIONS_COUNTED if most is None else most,
         ),
@@ -172,6 +177,8 @@ def cache_state(config: Config, found: FoundPictures, cache: LatentCache | None 
         bytes_when_full=projected_bytes(found.plan, config.data.cache.posterior),
         bytes_free=shutil.disk_usage(there).free,
         unknown=f"the VAE of model.source = {source} is not on this machine, and a plan fetches nothing",
+        text_bytes=text_bytes(config, len(found.plan.records)),
+        text_bytes_there=sum(file.stat().st_size for file in text_folder(config).glob("*/*")),
     )
     if cache is None and not is_local(source):
         return state
@@ -197,6 +204,16 @@ def recipe_here(config: Config) -> str:
         raise ValueError("no latents are kept")
     with closing(preparer):
         return preparer.recipe
+
+
+def text_bytes(config: Config, records: int) -> int:
+    """Return the most that the text states of so many records take on disk; 0 where none are kept."""
+    variants, chunks = config.data.cache.text_variants, config.data.captions.max_tokens // TOKENS_OF_A_CHUNK
+    if not variants:
+        return 0
+    source = config.model.source
+    shape = load_text_shape(source) if is_local(source) else TEXT_SHAPE
+    return projected_text_bytes(records, variants, chunks, TextShape(*shape))
 
 
 def why_encode(cache: LatentCache, found: FoundPictures) -> dict[str, int]:

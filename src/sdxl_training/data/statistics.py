@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from sdxl_training.data.buckets import Integers
+from sdxl_training.data.captions import CaptionRules, whole_captions
 from sdxl_training.data.picture_plan import PicturePlan
 from sdxl_training.data.pictures import Pictures
 from sdxl_training.data.sampler import BatchSchedule
@@ -198,10 +199,15 @@ def tags_of(pictures: Pictures, numbers: Iterable[int]) -> Iterator[Sequence[str
         yield pictures.sources[pictures.source_P[number]].tags(int(pictures.row_P[number]))
 
 
-def captions_of(pictures: Pictures, numbers: Iterable[int]) -> Iterator[str]:
-    """Yield every caption of these pictures, alternatives too, without making their records."""
+def captions_of(pictures: Pictures, numbers: Iterable[int], rules: Sequence[CaptionRules]) -> Iterator[str]:
+    """Yield every caption of these pictures with nothing dropped: alternatives, templates, added tags. No records.
+
+    rules: how captions vary, for each source.
+    """
     for number in numbers:
-        yield from pictures.sources[pictures.source_P[number]].captions(int(pictures.row_P[number]))
+        source, row = pictures.source_P[number], int(pictures.row_P[number])
+        indexed = pictures.sources[source]
+        yield from whole_captions(indexed.captions(row), rules[source], indexed.tags(row))
 
 
 def tag_table(tags: Iterable[Sequence[str]], top: int = TAGS_SHOWN) -> TagTable:

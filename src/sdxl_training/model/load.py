@@ -38,6 +38,8 @@ UNET_FILE = "diffusion_pytorch_model.safetensors"
 TEXT_FILE = "model.safetensors"
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 WEIGHT_FILES = {"unet": UNET_FILE, "vae": UNET_FILE, "text_encoder": TEXT_FILE, "text_encoder_2": TEXT_FILE}
+TEXT_SHAPE = (77, 768 + 1280, 1280)
+"""Tokens of a chunk, text width and pooled text width of SDXL itself."""
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 HUB_FILES = (
     "model_index.json",
@@ -100,6 +102,20 @@ def load_text_encoders(source: str, device: torch.device | str) -> TextEncoders:
     for encoder in (text.text_encoder, text.text_encoder_2):
         encoder.to(device).requires_grad_(False).eval()
     return text
+
+
+def load_text_shape(source: str) -> tuple[int, int, int]:
+    """Return tokens of a chunk, text width and pooled text width of a model; only configurations are read.
+
+    Raises UserError as `load_sdxl` does.
+    """
+    folder = MINIATURE_FOLDER if source == MINIATURE else _find_folder(source)
+    if source != MINIATURE:
+        _check_parts(folder)
+    _check_configs(folder)
+    first, second = (_read_json(folder / part / "config.json") for part in ("text_encoder", "text_encoder_2"))
+    one, other = CLIPTextConfig.from_dict(first), CLIPTextConfig.from_dict(second)
+    return one.max_position_embeddings, one.hidden_size + other.hidden_size, other.projection_dim
 
 
 def _read_miniature(seed: int) -> SDXL:
