@@ -251,6 +251,8 @@ def test_a_picture_found_broken_later_changes_neither_plan_nor_fingerprint(copie
     assert [record.path for record in after.plan.records] == [record.path for record in before.plan.records]
     assert len(after.plan.records) == 10
     assert differing(before, after) == set()
+    without = [{"path": str(copied), "only": {"except_names": ["3.png"]}}]
+    assert dataset_of(copied, tmp_path, sources=without)[1].found.quarantined() == []
 
 
 # What is refused

@@ -59,9 +59,9 @@ class KnownContents:
         """Return the pictures that take part and cannot be read, decoded or encoded, by source and name."""
         found = []
         for contents, source, rows in zip(self._of, self._pictures.sources, self._pictures.rows, strict=True):
-            failed = contents.failures
-            taking_part = np.intersect1d(np.fromiter(failed, np.int64, len(failed)), rows)
-            found += [Quarantined(source.path(row), failed[row]) for row in taking_part.tolist()]
+            failed = np.array(sorted(contents.failures), np.int64)
+            taking_part = failed[np.isin(failed, rows)]
+            found += [Quarantined(source.path(row), contents.failures[row]) for row in taking_part.tolist()]
         return found
 
     def columns(self) -> tuple[NDArray[np.uint64], NDArray[np.bool_], NDArray[np.bool_]]:

@@ -185,9 +185,8 @@ class Pictures(Sequence[ImageRecord]):
 
     def boxed(self) -> int:
         """Return how many pictures have a focus box."""
-        return sum(
-            len(boxes) - boxes.null_count for boxes in (self.taken(n, "focus") for n in range(len(self.sources)))
-        )
+        columns = [self.taken(number, "focus") for number in range(len(self.sources))]
+        return sum(len(boxes) - boxes.null_count for boxes in columns)
 
     def subset(self, kept_P: NDArray[np.bool_]) -> Pictures:
         """Return only the pictures that are marked."""
