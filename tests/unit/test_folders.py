@@ -95,9 +95,12 @@ def test_the_listing_is_that_of_a_plain_recursion(
     assert b".jpg" not in others
 
 
+@pytest.mark.parametrize("crowd", [1, 2, 1000])
 @pytest.mark.parametrize("processes", [1, 3])
-def test_processes_list_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processes: int) -> None:
+def test_processes_list_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processes: int, crowd: int) -> None:
     monkeypatch.setattr(walking, "PATIENCE", 0.0)
+    monkeypatch.setattr(walking, "CROWD", crowd)
+    monkeypatch.setattr(walking, "SLICE", 7)
     for number in range(40):
         folder = tmp_path / f"{number % 4}" / f"{number}" / "deep"
         folder.mkdir(parents=True)
@@ -109,6 +112,42 @@ def test_processes_list_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert rows_of(files) == plain_walk(os.fsencode(tmp_path), b".txt")
     assert files.num_rows == 160
     assert others == {b".txt": 80, b".npz": 80}
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_single_crowded_folder_is_listed_like_any_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processes: int
+) -> None:
+    monkeypatch.setattr(walking, "PATIENCE", 0.0)
+    monkeypatch.setattr(walking, "CROWD", 3)
+    for number in range(20):
+        (tmp_path / f"{number}.jpg").write_bytes(bytes(number))
+        if number % 3:
+            (tmp_path / f"{number}.txt").write_bytes(bytes(100 + number))
+    assert rows_of(walk(str(tmp_path), ".txt", processes)[0]) == plain_walk(os.fsencode(tmp_path), b".txt")
+
+
+@pytest.mark.parametrize("crowd", [1, 1000])
+def test_what_vanishes_while_it_is_listed_is_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, crowd: int
+) -> None:
+    for name in ("a.jpg", "a.txt", "b.jpg", "b.txt", "d/c.jpg", "d/c.txt", "e.jpg"):
+        picture(tmp_path / name) if name.endswith("jpg") else (tmp_path / name).write_text(name)
+    names_in = walking._names_in
+
+    def delete_then(path: bytes, *arguments: object) -> object:
+        found = names_in(path, *arguments)  # type: ignore[arg-type]
+        for name in ("a.jpg", "b.txt", "d/c.jpg"):
+            (tmp_path / name).unlink(missing_ok=True)
+        return found
+
+    (tmp_path / "d/z.jpg").touch()
+    expected = [row for row in plain_walk(os.fsencode(tmp_path), b".txt") if row[0] not in (b"a.jpg", b"d/c.jpg")]
+    monkeypatch.setattr(walking, "CROWD", crowd)
+    monkeypatch.setattr(walking, "_names_in", delete_then)
+    found = rows_of(walk(str(tmp_path), ".txt", 1)[0])
+    assert [row[0] for row in found] == [b"b.jpg", b"d/z.jpg", b"e.jpg"]
+    assert found == [(*row[:3], -1, -1) if row[0] == b"b.jpg" else row for row in expected]
 
 
 def test_a_linked_folder_counts_once_under_its_first_name(tmp_path: Path) -> None:
@@ -240,6 +279,22 @@ def test_a_folder_that_may_not_be_listed_is_named(
     monkeypatch.setattr(os, "scandir", refuse)
     with pytest.raises(UserError, match=f"^{tmp_path / 'b'} cannot be listed .Permission denied.. Make it readable."):
         FolderSource(str(tmp_path), processes=processes).list_files()
+
+
+def test_a_file_that_may_not_be_looked_at_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.jpg").touch()
+    stat = os.stat
+
+    def refuse(path: bytes, **options: int) -> os.stat_result:
+        if path == b"a.jpg":
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return stat(path, **options)
+
+    monkeypatch.setattr(os, "stat", refuse)
+    with pytest.raises(
+        UserError, match=f"^{tmp_path / 'a.jpg'} cannot be listed .Permission denied.. Make it readable."
+    ):
+        walk(str(tmp_path), ".txt", 1)
 
 
 def test_identity_is_place_and_caption_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

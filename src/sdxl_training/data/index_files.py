@@ -105,7 +105,7 @@ def read_rows(path: Path, columns: list[str] | None = None) -> pa.Table | None:
             if (schema.metadata or {}).get(VERSION_KEY) != VERSION or not schema.equals(INDEX):
                 log.warning("%s was written by another version: its pictures are looked at again", path)
                 return None
-            table = file.read(columns)
+            table = file.read(columns, use_threads=False)  # more would wait for each other at every new page of memory
     except (pa.ArrowException, OSError) as error:
         log.warning("%s is damaged (%s): its pictures are looked at again", path, error)
         return None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pyarrow as pa
@@ -56,17 +57,25 @@ def update_index(
 def load_index(folder: str | Path, identity: str) -> pa.Table | None:
     """Return the index as it was left, with all that was learned since; None where there is none. Nothing is listed."""
     paths = IndexPaths.of(folder, identity)
+    return _read(paths)[0]
+
+
+def _read(paths: IndexPaths) -> tuple[pa.Table | None, int, int]:
+    """Return the index with what was learned since, and of the latter what `with_hashes` says."""
     stored = read_rows(paths.table)
-    return None if stored is None else with_hashes(stored, paths.hashes)[0]
+    return (None, 0, 0) if stored is None else with_hashes(stored, paths.hashes)
+
+
+def _list_and_read(paths: IndexPaths, source: PictureSource) -> tuple[pa.Table, tuple[pa.Table | None, int, int]]:
+    """Return the files there are, and the index, which is read meanwhile."""
+    with ThreadPoolExecutor(1) as thread:  # processes that list may be forked beside it: they use nothing of Arrow
+        reading = thread.submit(_read, paths)
+        return source.list_files(), reading.result()
 
 
 def _update(paths: IndexPaths, source: PictureSource, progress: Progress, processes: int) -> pa.Table:
     now = time.time_ns()
-    files = source.list_files()
-    stored = read_rows(paths.table)
-    read_to = outdated = 0
-    if stored is not None:
-        stored, read_to, outdated = with_hashes(stored, paths.hashes)
+    files, (stored, read_to, outdated) = _list_and_read(paths, source)
     generation = _bring_up_to_date(paths, source, files, stored, read_to, now, progress, processes)
     if stored is not None and generation is None:
         if not outdated and read_to - folded_in(stored) <= MANY * RECORD.itemsize:
@@ -96,7 +105,7 @@ def _bring_up_to_date(
     parts = [Piece(path) for path in paths.parts() if read_rows(path, ["file"]) is not None]
     if stored is not None and not parts and is_unchanged(stored, files):
         return None
-    compared = Comparison.of(files, Groups.of([*parts, *([] if stored is None else [Piece(stored)])]))
+    compared = Comparison.of(files.combine_chunks(), Groups.of([*parts, *([] if stored is None else [Piece(stored)])]))
     fresh = look_at_wanted(paths, source, compared, now, progress, processes)
     if stored is not None and not parts and not differs(stored, compared, fresh):
         return None
