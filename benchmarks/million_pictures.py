@@ -2,6 +2,7 @@
 
     python benchmarks/million_pictures.py                 # 10,000 and 1,000,000; about 9 GB of disk for a while
     python benchmarks/million_pictures.py --pictures 10000 100000
+    python benchmarks/million_pictures.py --in-a-folder 1000000                  # all in one folder
 
 Every stage runs in a process of its own, so that its memory is its own. Files are warm: they were just written. What
 the first index is compared with is a walk that does nothing but list the folders, open every picture and read the bytes
@@ -49,11 +50,11 @@ def write_folder(folder: Path, first: int, count: int) -> None:
         (folder / f"{number:07d}.txt").write_text(f"a picture, number {number % 1000}, kind {number % len(kinds)}")
 
 
-def make_pictures(root: Path, pictures: int) -> None:
-    starts = range(0, pictures, IN_A_FOLDER)
+def make_pictures(root: Path, pictures: int, in_a_folder: int) -> None:
+    starts = range(0, pictures, in_a_folder)
     with ProcessPoolExecutor() as pool:
-        folders = [root / f"{start // IN_A_FOLDER:04d}" for start in starts]
-        list(pool.map(write_folder, folders, starts, [min(IN_A_FOLDER, pictures - start) for start in starts]))
+        folders = [root / f"{start // in_a_folder:04d}" for start in starts]
+        list(pool.map(write_folder, folders, starts, [min(in_a_folder, pictures - start) for start in starts]))
 
 
 def read_headers(folder: str) -> int:
@@ -151,10 +152,11 @@ def be_stage(name: str, root: Path, cache: Path) -> None:
     print(json.dumps({**facts, "peak MiB": own, "peak MiB of a helper process": children}))
 
 
-def measure(pictures: int, folder: Path) -> dict[str, dict[str, float]]:
-    root, cache = folder / f"pictures-{pictures}", folder / f"cache-{pictures}"
+def measure(pictures: int, in_a_folder: int, folder: Path) -> dict[str, dict[str, float]]:
+    name = f"{pictures}-by-{in_a_folder}"
+    root, cache = folder / f"pictures-{name}", folder / f"cache-{name}"
     if not root.is_dir():
-        make_pictures(root, pictures)
+        make_pictures(root, pictures, in_a_folder)
     shutil.rmtree(cache, ignore_errors=True)
     time.sleep(3)  # files younger than that are looked at again
     results = {name: run_stage(name, root, cache) for name in STAGES}
@@ -162,6 +164,10 @@ def measure(pictures: int, folder: Path) -> dict[str, dict[str, float]]:
         if facts["pictures"] != pictures:
             raise SystemExit(f"{name} saw {facts['pictures']} of {pictures} pictures")
     return results
+
+
+def measure_all(arguments: argparse.Namespace, folder: Path) -> dict[int, dict[str, dict[str, float]]]:
+    return {count: measure(count, arguments.in_a_folder, folder) for count in arguments.pictures}
 
 
 def report(results: dict[int, dict[str, dict[str, float]]]) -> str:
@@ -205,6 +211,7 @@ def report(results: dict[int, dict[str, dict[str, float]]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pictures", type=int, nargs="+", default=[10_000, 1_000_000])
+    parser.add_argument("--in-a-folder", type=int, default=IN_A_FOLDER, help="pictures in each folder, at most")
     parser.add_argument("--folder", type=Path, help="where to write; default: a temporary folder, deleted afterwards")
     parser.add_argument("--stage", choices=STAGES, help=argparse.SUPPRESS)
     parser.add_argument("--root", type=Path, help=argparse.SUPPRESS)
@@ -213,10 +220,10 @@ def main() -> None:
     if arguments.stage:
         be_stage(arguments.stage, arguments.root, arguments.cache)
     elif arguments.folder:
-        print(report({count: measure(count, arguments.folder) for count in arguments.pictures}))
+        print(report(measure_all(arguments, arguments.folder)))
     else:
         with tempfile.TemporaryDirectory() as folder:
-            print(report({count: measure(count, Path(folder)) for count in arguments.pictures}))
+            print(report(measure_all(arguments, Path(folder))))
 
 
 if __name__ == "__main__":
