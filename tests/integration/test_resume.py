@@ -1,4 +1,4 @@
-"""An interrupted and resumed run is the uninterrupted one, bit for bit: weights, optimizer, average, metrics."""
+"""An interrupted and resumed run is the uninterrupted one, bit for bit: weights, optimizer, average, tags, metrics."""
 
 from __future__ import annotations
 
@@ -12,13 +12,31 @@ from tests.integration.conftest import Trainer, make_trainer
 
 LAST = 24
 TIMELESS = ("step", "images", "epoch", "loss", "lr", "grad_norm")
+TAGS = """
+tag_weighting:
+  static: {type: frequency, min_count: 2}
+  dynamic: {type: meta, probe_steps: 6, warmup_steps: 3}
+  trust: {type: null_probe, probe_steps: 6, min_probed: 2, quantile: 0.5, width: 0.2}
+  refresh_steps: 4
+"""
+"""Weights that follow the training, measured and changed at other steps than those that are saved."""
+
+
+def with_tags(trainer: Trainer) -> Trainer:
+    trainer.config.write_text(trainer.config.read_text() + TAGS)
+    return trainer
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory, pictures: Path, tiny_model: Path) -> Trainer:
-    other = make_trainer(tmp_path_factory.mktemp("uninterrupted"), pictures, tiny_model)
+    other = with_tags(make_trainer(tmp_path_factory.mktemp("uninterrupted"), pictures, tiny_model))
     other.run()
     return other
+
+
+@pytest.fixture(name="trainer")
+def trainer_with_tags(trainer: Trainer) -> Trainer:
+    return with_tags(trainer)
 
 
 def assert_same_run(one: Trainer, other: Trainer) -> None:
@@ -26,6 +44,10 @@ def assert_same_run(one: Trainer, other: Trainer) -> None:
     assert first.keys() == second.keys()
     assert any(name.startswith("optimizer:exp_avg_sq/") for name in first)
     assert any(name.startswith("average:") for name in first)
+    assert float(first["tag_margins:measured"].sum()) > 0
+    assert float(first["caption_gains:gain_moments"][0].sum()) > 0
+    assert float(first["tag_residuals:seen"].sum()) > LAST
+    assert float(first["picture_weights:weight"].std()) > 0.01
     differing = [name for name, tensor in first.items() if not torch.equal(tensor, second[name])]
     assert differing == []
     rows = [[{key: row[key] for key in TIMELESS} for row in run.metrics()] for run in (one, other)]

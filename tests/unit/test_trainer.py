@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from dataclasses import dataclass, field
-from itertools import repeat
+from itertools import pairwise, repeat
 from typing import cast
 
 import pytest
@@ -18,7 +18,7 @@ from sdxl_training.records import StepStats
 from sdxl_training.training import trainer as module
 from sdxl_training.training.step import Run
 from sdxl_training.training.stop import StopRequest, stop_on_signals
-from sdxl_training.training.trainer import Every, train
+from sdxl_training.training.trainer import Every, Within, train
 
 STATS = StepStats(torch.tensor(1.0), torch.tensor(1.0), torch.tensor(0.0))
 
@@ -77,6 +77,19 @@ def test_never_twice_for_a_step_and_always_at_the_end(first: int, more: int, eve
     assert len(calls) == len(set(calls))
     assert (calls[-1:] == [first + more]) is (every > 0)
     assert all(first < step <= first + more for step in calls)
+
+
+@given(stops=st.lists(st.integers(1, 40), max_size=4), every=st.integers(1, 12))
+def test_what_training_depends_on_happens_after_the_same_updates_wherever_a_run_was_stopped(
+    stops: list[int], every: int
+) -> None:
+    calls: list[int] = []
+    ends = [0, *sorted(stops), 40]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "train_step", lambda *_: STATS)
+        for first, last in pairwise(ends):
+            run_loop(first, last, Within(every, calls.append))
+    assert calls == [step for step in range(1, 41) if step % every == 0]
 
 
 def test_a_run_with_nothing_left_to_do_does_not_save_again(steps_made: list[int]) -> None:

@@ -1,0 +1,217 @@
+"""Tag weights in real runs: the same on all ranks, bit-equal when resumed, and at the losses of their own samples."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from sdxl_training.config.schema import Config
+from sdxl_training.parallel.group import Group
+from sdxl_training.records import Draw, UserError
+from sdxl_training.training.checkpoint import load_checkpoint, save_checkpoint
+from sdxl_training.training.step import add_gradients, loss_per_sample
+from tests.integration.conftest import ROOT
+from tests.integration.tag_run import flat, make_updates, open_for
+
+ALONE = Group(0, 1, torch.device("cpu"))
+STEPS = 8
+STATIC = {"type": "frequency", "min_count": 2}
+TRUST = {"type": "null_probe", "probe_steps": 2, "min_probed": 2, "quantile": 0.5, "width": 0.2}
+OFTEN: dict[str, Any] = {"static": STATIC, "refresh_steps": 3, "statistics": {"half_life": 20.0, "shrinkage": 1.0}}
+WEIGHTING: dict[str, dict[str, Any]] = {
+    "residual": {**OFTEN, "dynamic": {"type": "residual_loss", "strength": 1.0, "warmup_steps": 3}, "trust": TRUST},
+    "meta": {**OFTEN, "dynamic": {"type": "meta", "probe_steps": 2, "warmup_steps": 1}, "trust": TRUST},
+}
+"""Everything that moves weights moves them within a few updates, and more slowly than it is measured."""
+PARTS = {
+    "residual": {"tag_residuals", "picture_weights", "caption_gains"},
+    "meta": {"tag_residuals", "picture_weights", "caption_gains", "tag_margins"},
+}
+
+
+def settings(pictures: Path, model: Path, output: Path, weighting: dict[str, Any], **training: Any) -> dict[str, Any]:
+    return {
+        "global_config": {"output_dir": str(output), "device": "cpu", "seed": 3},
+        "model": {"source": str(model)},
+        "training": {
+            "batch_size": 4,
+            "precision": "fp32",
+            "max_steps": STEPS,
+            "optimizer": {"type": "sgd", "learning_rate": 0.02},
+            "schedule": {"type": "constant", "warmup_steps": 0},
+            **training,
+        },
+        "data": {
+            "sources": [{"path": str(pictures), "repeats": 2}],
+            "resolution": 64,
+            "buckets": {"step_px": 16, "min_side_px": 32, "max_side_px": 128},
+            "workers": 0,
+        },
+        "tag_weighting": weighting,
+    }
+
+
+@pytest.fixture
+def config_of(pictures: Path, tiny_model: Path, tmp_path: Path) -> Callable[..., Config]:
+    return lambda weighting, **training: Config.model_validate(
+        settings(pictures, tiny_model, tmp_path, weighting, **training)
+    )
+
+
+# --- ranks -----------------------------------------------------------------------------------------------------------
+
+
+def test_two_ranks_hold_the_same_and_what_one_process_holds(
+    config_of: Callable[..., Config], pictures: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    described = {name: settings(pictures, tiny_model, tmp_path, WEIGHTING[name], batch_size=2) for name in WEIGHTING}
+    (tmp_path / "settings.json").write_text(json.dumps(described))
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    program = [str(ROOT / "tests" / "integration" / "tag_run.py"), str(tmp_path / "settings.json"), str(tmp_path)]
+    ended = subprocess.run(
+        [sys.executable, *launch, *program],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+    )
+    assert ended.returncode == 0, ended.stderr
+    for name, parts in PARTS.items():
+        first, second = (load_file(tmp_path / f"{name}.rank{rank}.safetensors") for rank in range(2))
+        assert {key.split(":")[0] for key in first} >= parts
+        for key, value in first.items():
+            if key.split(":")[0] in parts:
+                assert torch.equal(second[key], value), (name, key)
+        alone = flat(make_updates(config_of(WEIGHTING[name]), tmp_path / "alone", ALONE, STEPS))
+        assert alone.keys() == first.keys()
+        assert float(alone["tag_residuals:seen"].sum()) > 30
+        for key, value in alone.items():
+            torch.testing.assert_close(
+                first[key], value, rtol=1e-3, atol=1e-4, msg=lambda said, at=(name, key): f"{at}: {said}"
+            )
+
+
+# --- resume ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "stopped_at"), [("residual", 5), ("meta", 3)])
+def test_a_resumed_run_is_the_uninterrupted_one(
+    config_of: Callable[..., Config], tmp_path: Path, name: str, stopped_at: int
+) -> None:
+    """Stopped between two changes of the weights, or right after one; everything saved is equal to the last bit."""
+    config = config_of(WEIGHTING[name])
+    whole = flat(make_updates(config, tmp_path / "whole", ALONE, STEPS))
+    half = make_updates(config, tmp_path / "half", ALONE, stopped_at)
+    saved = load_checkpoint(save_checkpoint(tmp_path / "half", half))
+    resumed = flat(make_updates(config, tmp_path / "half", ALONE, STEPS, saved))
+    assert {key.split(":")[0] for key in whole} >= PARTS[name]
+    assert whole.keys() == resumed.keys()
+    assert [key for key in whole if not torch.equal(whole[key], resumed[key])] == []
+    half_way = flat(half)
+    weights = "picture_weights:weight"
+    assert not torch.equal(whole[weights], half_way[weights]), "the weights have moved since"
+    assert whole[weights].std() > 1e-3
+
+
+# --- one run ---------------------------------------------------------------------------------------------------------
+
+COMMON, RARE = "large, red", "large, gold"
+
+
+@pytest.fixture
+def long_tailed(tmp_path: Path) -> Path:
+    """Eight pictures of one kind, two of another, one without a caption's tags."""
+    folder = tmp_path / "long_tailed"
+    folder.mkdir()
+    generator = np.random.default_rng(0)
+    for number, caption in enumerate([COMMON] * 8 + [RARE] * 2 + [" , "]):
+        Image.fromarray(generator.integers(0, 256, (64, 64, 3), np.uint8)).save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text(caption)
+    return folder
+
+
+def test_weights_reach_the_losses_of_their_own_samples(
+    config_of: Callable[..., Config], long_tailed: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    """An earlier implementation multiplied the mean loss of the batch by the mean weight of the batch."""
+    static = {**STATIC, "strength": 1.0, "smoothing": 0.0, "max_factor": 100.0}
+    described = settings(long_tailed, tiny_model, tmp_path, {"static": static})
+    described["data"]["captions"] = {"caption_dropout": 0.0}
+    with closing(open_for(Config.model_validate(described), tmp_path / "run", ALONE)) as session:
+        record_of = {Path(record.path).stem: number for number, record in enumerate(session.dataset.plan.records)}
+        draws = [Draw(record_of[name], 0) for name in ("0", "9", "10")]
+        batch = session.to_device(session.micro_batches.collect(draws, range(3), 3))
+        common, rare, untagged = batch.weight_B.tolist()
+        assert rare / common == pytest.approx(2.0), "a quarter as frequent, by half of the picture's tags"
+        assert common < untagged < rare
+        mean = (8 * common + 2 * rare + untagged) / 11
+        assert mean == pytest.approx(1, abs=1e-6)
+
+        run, gradients = session.run, []
+        parameters = [parameter for parameter in session.sdxl.unet.parameters() if parameter.requires_grad]
+        for sample in range(3):
+            alone = session.to_device(session.micro_batches.collect(draws[sample : sample + 1], [0], 1))
+            loss_B = loss_per_sample(run.model, run.objective, alone, run.seed)
+            gradients.append(torch.autograd.grad(loss_B.sum(), parameters))
+        add_gradients(run, [batch])
+        scale = max(float(parameter.grad.abs().max()) for parameter in parameters)
+        for number, parameter in enumerate(parameters):
+            expected = sum(w * own[number] for w, own in zip((common, rare, untagged), gradients, strict=True)) / 3
+            assert float((parameter.grad - expected).abs().max()) < 1e-5 * scale
+
+
+def test_dropped_captions_say_nothing_of_tags(long_tailed: Path, tiny_model: Path, tmp_path: Path) -> None:
+    """Their losses are those of no caption; the picture's weight stays its own."""
+    described = settings(long_tailed, tiny_model, tmp_path, {"static": STATIC})
+    for dropout in (0.0, 1.0):
+        described["data"]["captions"] = {"caption_dropout": dropout}
+        with closing(open_for(Config.model_validate(described), tmp_path / "run", ALONE)) as session:
+            numbers = [number for number, record in enumerate(session.dataset.plan.records) if record.tags]
+            raw = session.micro_batches.collect([Draw(number, 0) for number in numbers], range(10), 10)
+            assert set(raw.tagged) == ({-1} if dropout else set(raw.pictures))
+            batch = session.to_device(raw)
+            assert torch.equal(batch.weight_B, session.tags.weights.of(raw.pictures))
+
+
+def test_weights_without_any_tag_are_refused_by_name(tiny_model: Path, long_tailed: Path, tmp_path: Path) -> None:
+    described = settings(long_tailed, tiny_model, tmp_path, {"static": STATIC})
+    described["data"]["captions"] = {"kind": "prose"}
+    with pytest.raises(UserError, match=r"tag_weighting: none of the 11 pictures has a tag.*kind: tags"):
+        open_for(Config.model_validate(described), tmp_path / "run", ALONE)
+
+
+def test_a_run_without_tags_or_weights_trains(tiny_model: Path, long_tailed: Path, tmp_path: Path) -> None:
+    """Statistics are on by default; where there are no tags there are none."""
+    described = settings(long_tailed, tiny_model, tmp_path, {})
+    described["data"]["captions"] = {"kind": "prose"}
+    state = make_updates(Config.model_validate(described), tmp_path / "run", ALONE, 1)
+    assert not any(state.parts[part] for part in PARTS["meta"])
+    assert not (tmp_path / "run" / "tags.json").exists()
+
+
+def test_what_is_written_of_tags(tiny_model: Path, long_tailed: Path, tmp_path: Path) -> None:
+    weighting = {"static": STATIC, "statistics": {"every_steps": 5, "tracked": 2}}
+    described = settings(long_tailed, tiny_model, tmp_path, weighting)
+    make_updates(Config.model_validate(described), tmp_path / "run", ALONE, STEPS)
+    said = json.loads((tmp_path / "run" / "tags.json").read_text())
+    assert (said["step"], said["tags_in_all"]) == (STEPS, 3)
+    assert [(row["tag"], row["pictures"], row["images"]) for row in said["tags"]] == [
+        ("large", 10, 20),
+        ("red", 8, 16),
+        ("gold", 2, 4),
+    ]
+    by_tag = {row["tag"]: row for row in said["tags"]}
+    assert by_tag["gold"]["weight"] > 1 > by_tag["red"]["weight"]
+    assert by_tag["large"]["seen"] == by_tag["red"]["seen"] + by_tag["gold"]["seen"] > 0
