@@ -57,12 +57,13 @@ def faulty(trainer: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     return FaultyTrainer(trainer.config, tmp_path / "faulty")
 
 
-def steps(last: int = LAST, mode: str = "ahead") -> list[str]:
+def steps(last: int = LAST) -> list[str]:
+    """Return settings for so many steps without a cache, so that every visit reads, and encodes in its own batch."""
     settings = (
         f"training.max_steps={last}",
         f"global_config.checkpoints.every_steps={EVERY}",
         "training.schedule={type: constant, warmup_steps: 0}",
-        f"data.cache.mode={mode}",
+        "data.cache.mode=none",
     )
     return [word for one in settings for word in ("--set", one)]
 
@@ -112,15 +113,14 @@ def test_a_file_that_fails_alone_is_replaced_also_after_a_resume_that_could_read
 def test_a_disk_that_fails_ends_the_run_which_resumes_as_if_nothing_had_been(
     faulty: FaultyTrainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without a cache, so that every visit reads."""
     whole = replace(faulty, output=tmp_path / "whole")
-    whole.run(*steps(mode="none"))
+    whole.run(*steps())
     monkeypatch.setenv("DOWN", str(faulty.run_dir / "checkpoints" / f"step-{EVERY:06d}" / "manifest.json"))
-    said = " ".join(faulty.run(*steps(mode="none"), status=2).split())
+    said = " ".join(faulty.run(*steps(), status=2).split())
     assert "Traceback" not in said
     assert "Input/output error; nor can 8 others of its pictures be read" in said
     assert faulty.metrics()[-1]["step"] < LAST
     assert not any("output error" in reason for reason in quarantined(faulty).values())
     monkeypatch.setenv("DOWN", str(tmp_path / "never"))
-    assert "resuming" in faulty.run(*steps(mode="none"))
+    assert "resuming" in faulty.run(*steps())
     assert_same_run(whole, faulty)
