@@ -33,6 +33,7 @@ def test_a_run_leaves_what_the_surface_promises(trainer: Trainer) -> None:
     for place in ("samples/step-000004.png", "report.html", "checkpoints/step-000004"):
         assert str(run / place) in said
     assert "batch_size 2 x accumulation 2 x processes 1 = 4 images a step" in said
+    assert "latents: 0 there already, 37 to encode (not read yet 37)" in said
 
 
 # A header does not tell that a file is cut short: that is found when the picture is decoded, in an epoch at the latest.

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from sdxl_training.assemble import plan_report
+from sdxl_training.assemble.cache_state import CacheState
 from sdxl_training.assemble.plan_report import (
-    CacheState,
     CaptionFigures,
     PlanReport,
     build_plan_report,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from huggingface_hub import snapshot_download
 from PIL import Image
 from transformers import CLIPTokenizer
 
+from sdxl_training.assemble.cache_state import CacheState, cache_section
 from sdxl_training.data.captions import CaptionRules
 from sdxl_training.data.contact_sheet import describe_crop, printable
 from sdxl_training.data.picture_plan import NOTABLE_CROP, PicturePlan
@@ -45,7 +46,6 @@ CAPTIONS_COUNTED = 100_000  # pictures whose captions are tokenised; of more, so
 NO_CAPTION = "it has no caption (data.captions.missing = leave_out)"
 RAREST = 10
 TOKENIZERS = ("tokenizer", "tokenizer_2")
-GIB, MIB = 2**30, 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,34 +71,6 @@ class CaptionFigures:
     tokens_read: int = 0
     table: LengthTable | None = None
     not_counted: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class CacheState:
-    """What the latent cache holds and lacks.
-
-    bytes_when_full: with all latents, without compression. there: latents that are usable; None where that cannot be
-    known, for the reason in `unknown`. to_encode: latents by the reason why they must be made. bytes_free: on the disk.
-    text_bytes: the most that the text states of all captions take. text_bytes_there: what lies in their folder.
-    """
-
-    folder: str
-    mode: str
-    latents: int
-    bytes_when_full: int
-    bytes_free: int
-    there: int | None = None
-    to_encode: dict[str, int] = field(default_factory=dict)
-    unknown: str = ""
-    text_bytes: int = 0
-    text_bytes_there: int = 0
-
-    @property
-    def bytes_to_write(self) -> int:
-        """Return about how much is still to be written, at most."""
-        lacking = self.latents - (self.there or 0)
-        latents = self.bytes_when_full * lacking // max(self.latents, 1)
-        return latents + max(self.text_bytes - self.text_bytes_there, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +121,7 @@ class PlanReport:
             _caption_section(self.captions),
             _tag_section(self.tags),
             _step_section(self.steps),
-            _cache_section(self.cache),
+            cache_section(self.cache),
         ]
 
 
@@ -285,41 +257,12 @@ def _step_section(steps: StepSum) -> Section:
     return Section("Steps", lines, Table(header, rows, whole=True))
 
 
-def _cache_section(cache: CacheState | None) -> Section:
-    if cache is None:
-        return Section("Latent cache", ["none: pictures are encoded at each visit (data.cache.mode = none)"])
-    lines = [
-        f"{printable(cache.folder)} (data.cache.mode = {cache.mode})",
-        f"{number_of(cache.latents, 'latent')}, {_bytes(cache.bytes_when_full)} when full, without compression",
-    ]
-    if cache.there is None:
-        lines.append(f"what is there already is not known: {cache.unknown}")
-    else:
-        reasons = ", ".join(f"{reason} {count:,}" for reason, count in cache.to_encode.items() if count)
-        told = f" ({reasons})" if reasons else ""
-        lines.append(f"{cache.there:,} there already, {sum(cache.to_encode.values()):,} to encode{told}")
-    if cache.text_bytes:
-        lines.append(
-            f"text states: at most {_bytes(cache.text_bytes)}, were all captions different and as long as can be"
-        )
-    short = cache.bytes_to_write - cache.bytes_free
-    lines.append(
-        f"{_bytes(cache.bytes_free)} free on that disk"
-        + (f": {_bytes(short)} too little for the {_bytes(cache.bytes_to_write)} to be written" if short > 0 else "")
-    )
-    return Section("Latent cache", lines)
-
-
 def _size(size_hw: SizeHW) -> str:
     return f"{size_hw[0]}x{size_hw[1]}"
 
 
 def _percent(part: int, whole: int) -> str:
     return f"{100 * part / max(whole, 1):.1f} %"
-
-
-def _bytes(count: int) -> str:
-    return f"{count / GIB:,.1f} GiB" if count >= GIB else f"{count / MIB:,.1f} MiB"
 
 
 # Captions in tokens

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 
+from sdxl_training.assemble.cache_state import CacheState
 from sdxl_training.assemble.captions import TOKENS_OF_A_CHUNK, caption_rules
 from sdxl_training.assemble.dataset import (
     FoundPictures,
@@ -26,7 +27,6 @@ from sdxl_training.assemble.dataset import (
 )
 from sdxl_training.assemble.plan_report import (
     CAPTIONS_COUNTED,
-    CacheState,
     PlanReport,
     build_plan_report,
     caption_figures,

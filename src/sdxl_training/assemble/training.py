@@ -80,7 +80,10 @@ def train(loaded: LoadedConfig, resume: str, dry_run: bool) -> None:
         progress.message(_arithmetic(session, first_step))
         if group.is_main:
             found, cache = session.dataset.found, session.dataset.cache
-            session.data_page = make_report(config, found, COUNTED, cache).html(worst_crops(config, found))
+            report = make_report(config, found, COUNTED, cache)
+            if report.cache is not None:
+                progress.message(f"latents: {report.cache.counted}")
+            session.data_page = report.html(worst_crops(config, found))
         del checkpoint  # while its files are mapped, deleting them frees no disk space
         if first_step == 0:
             check_base(session)
