@@ -23,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -124,10 +125,38 @@ def stage_start(root: Path, cache: Path) -> dict[str, float]:
     }
 
 
+def stage_crops(root: Path, cache: Path) -> dict[str, float]:
+    """What a report says of the cache where each picture decides how it is cut, and all have been read before.
+
+    In processor time, of which it is one thread's, so that other programs do not count.
+    """
+    import numpy as np
+
+    from sdxl_training.assemble.dataset import find_pictures
+    from sdxl_training.data.cache import LatentCache
+    from sdxl_training.data.crops import Cut
+    from sdxl_training.tracking.progress import SilentProgress
+
+    found = find_pictures(config_of(root, cache), SilentProgress())
+    latents, random = LatentCache(cache / "latents", "vae"), np.random.default_rng(0)
+    pictures, records = len(found.pictures), len(found.plan.records)
+    boxes_P4 = random.uniform(0.01, 0.5, (pictures, 4))
+    contents_N2, known_N = random.integers(0, 2**63, (records, 2), np.uint64), np.ones(records, bool)
+    facts: dict[str, float] = {"pictures": pictures}
+    for name, cut in {"random": Cut("random", 2, flip=True), "focus": Cut("focus", flip=True)}.items():
+        plan = replace(found.plan, cut=cut, columns=replace(found.plan.columns, make_boxes=lambda: boxes_P4))
+        began = time.process_time()
+        plan.latents()
+        latents.count(contents_N2, known_N, plan)
+        facts[f"{name}, s"] = time.process_time() - began
+    return facts
+
+
 STAGES: dict[str, Callable[[Path, Path], dict[str, float]]] = {
     "bare walk": stage_bare_walk,
     "first index": stage_index,
     "second start": stage_start,
+    "crops": stage_crops,
 }
 
 
@@ -198,12 +227,16 @@ def report(results: dict[int, dict[str, dict[str, float]]]) -> str:
     row("order of an epoch, s", lambda r: f"{r['second start']['order of an epoch, s']:.3f}", "1 s")
     row("seek to the middle of epoch 1000, s", lambda r: f"{r['second start']['seek to epoch 1000, s']:.4f}", "at once")
     row("records of that batch of 8, s", lambda r: f"{r['second start']['records of a batch, s']:.4f}")
+    for name, crops in {"random": "two random crops of each, mirrored", "focus": "a box in each, mirrored"}.items():
+        title = f"what the cache lacks: {crops}, processor s"
+        row(title, lambda r, name=name: f"{r['crops'][f'{name}, s']:.2f}", "3 s")
     row("peak memory of the first index, MiB", lambda r: f"{r['first index']['peak MiB']:.0f}", "1,536")
     row(
         "peak memory of one of its helper processes, MiB",
         lambda r: f"{r['first index']['peak MiB of a helper process']:.0f}",
     )
     row("peak memory of the second start, MiB", lambda r: f"{r['second start']['peak MiB']:.0f}", "1,536")
+    row("peak memory of what the cache lacks, MiB", lambda r: f"{r['crops']['peak MiB']:.0f}", "1,536")
     row("the same without any picture (imports), MiB", lambda r: f"{r['bare walk']['peak MiB']:.0f}")
     return "\n".join(lines) + "\n"
 

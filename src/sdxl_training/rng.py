@@ -9,11 +9,17 @@ from __future__ import annotations
 import hashlib
 import struct
 from enum import IntEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     import numpy
+    from numpy.typing import NDArray
     from torch import Generator
+
+Words = TypeVar("Words", int, "NDArray[numpy.uint64]")
+
+WORD = 2**64 - 1  # all its bits
+GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / the golden ratio, odd
 
 
 class Stream(IntEnum):
@@ -40,6 +46,26 @@ def derive_seed(seed: int, stream: Stream, *coordinates: int) -> int:
     """Return 64 well-mixed bits for (seed, stream, coordinates), equal on every machine and Python."""
     message = struct.pack(f"<{2 + len(coordinates)}Q", *(value % 2**64 for value in (seed, stream, *coordinates)))
     return int.from_bytes(hashlib.blake2b(message, digest_size=8).digest(), "little")
+
+
+def mixed_bits(seed: int, stream: Stream, first: Words, *more: Words | int) -> Words:
+    """Return 64 well-mixed bits for (seed, stream, coordinates): others than `derive_seed`, but of columns, too.
+
+    With columns of uint64 it is the same numbers, of a million samples at once. Each coordinate c picks number c of the
+    SplitMix64 sequence (Steele, Lea & Flood 2014) whose seed is what the coordinates before it gave.
+    """
+    mixed: Any = seed & WORD
+    for coordinate in (int(stream), first, *more):
+        mixed = _splitmix(mixed, coordinate)
+    return mixed  # type: ignore[no-any-return]
+
+
+def _splitmix(state: Any, number: Any) -> Any:
+    """Return output `number`, counted from 0, of SplitMix64 with this seed."""
+    z = state + ((number + 1) * GOLDEN & WORD) & WORD
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 & WORD
+    z = (z ^ z >> 27) * 0x94D049BB133111EB & WORD
+    return z ^ z >> 31
 
 
 def uniform(seed: int, stream: Stream, *coordinates: int) -> float:

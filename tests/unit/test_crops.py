@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from sdxl_training.data.bucket_lists import area_buckets
 from sdxl_training.data.buckets import plan_crop
-from sdxl_training.data.crops import Cut, centre_crop, read_box, variant_of_visit
+from sdxl_training.data.crops import Cut, centre_crop, random_start, read_box, variant_of_visit
 from sdxl_training.data.images import resize_and_crop
 from sdxl_training.records import Bucket, UserError
 
@@ -107,6 +107,24 @@ def test_crops_without_end_differ_from_visit_to_visit_and_are_valid(flip):
     ]
     assert cut.without_end(size_hw, bucket, 8)[0:5] != crops[0:5]
     assert replace(cut, seed=4).without_end(size_hw, bucket, 7)[0:5] != crops[0:5]
+
+
+def independent(table: np.ndarray) -> bool:
+    """Return whether the counts of pairs are as if their halves had nothing to do with each other (chi-square)."""
+    expected = table.sum(axis=1, keepdims=True) * table.sum(axis=0, keepdims=True) / table.sum()
+    freedom = (table.shape[0] - 1) * (table.shape[1] - 1)
+    return abs(((table - expected) ** 2 / expected).sum() - freedom) < 5 * (2 * freedom) ** 0.5
+
+
+def test_random_crops_of_variants_neighbours_and_seeds_have_nothing_to_do_with_each_other():
+    ids = np.arange(40_000, dtype=np.uint64)  # numbers that differ little are the worst case
+    width = np.full(len(ids), 20, np.uint64)
+    start = {key: random_start(*key[:1], ids, *key[1:], width).astype(int) for key in [(0, 0), (0, 1), (0, 2), (1, 0)]}
+    pairs = [(start[0, 0], start[0, 1]), (start[0, 1], start[0, 2]), (start[0, 0], start[1, 0])]
+    pairs.append((start[0, 0][:-1], start[0, 0][1:]))
+    for one, other in pairs:
+        assert independent(np.histogram2d(one, other, bins=(21, 21), range=((0, 21), (0, 21)))[0])
+    assert not independent(np.histogram2d(start[0, 0], start[0, 0], bins=21)[0]), "the measure sees what is the same"
 
 
 def test_crops_that_coincide_are_one_variant():

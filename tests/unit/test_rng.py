@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
+from itertools import islice
 
 import numpy
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sdxl_training.rng import Stream, derive_seed, numpy_generator, torch_generator
+from sdxl_training.rng import Stream, derive_seed, mixed_bits, numpy_generator, torch_generator
 
 INTEGERS = st.integers(-(2**63), 2**64 - 1)
+WORDS = st.integers(0, 2**64 - 1)
 
 
 @given(seed=INTEGERS, coordinates=st.lists(INTEGERS, max_size=4))
@@ -64,3 +68,58 @@ def test_neighbouring_samples_are_independent() -> None:
     draws = torch.stack([torch.randn(4096, generator=torch_generator(0, Stream.NOISE, 0, i)) for i in range(8)])
     correlations = torch.corrcoef(draws) - torch.eye(8)
     assert correlations.abs().max() < 5 / 4096**0.5
+
+
+# The same numbers for one and for columns
+
+
+def splitmix64(seed: int) -> Iterator[int]:
+    """Vigna's splitmix64.c, as it is written."""
+    state = seed
+    while True:
+        state = (state + 0x9E3779B97F4A7C15) % 2**64
+        z = state
+        z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
+        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) % 2**64
+        yield z ^ (z >> 31)
+
+
+def test_splitmix_gives_its_published_numbers() -> None:
+    assert list(islice(splitmix64(1234567), 3)) == [6457827717110365317, 3203168211198807973, 9817491932198370423]
+
+
+@given(seed=st.integers(0, 2**64 - 1), coordinates=st.lists(st.integers(0, 20), min_size=1, max_size=3))
+def test_mixed_bits_are_splitmix_sequences_within_each_other(seed: int, coordinates: list[int]) -> None:
+    expected = seed
+    for number in (int(Stream.CROP), *coordinates):
+        expected = next(islice(splitmix64(expected), number, None))
+    assert mixed_bits(seed, Stream.CROP, *coordinates) == expected
+
+
+@given(seed=st.integers(0, 2**70), words=st.lists(WORDS, min_size=1, max_size=9), more=st.lists(WORDS, max_size=2))
+def test_mixed_bits_of_a_column_are_those_of_each(seed: int, words: list[int], more: list[int]) -> None:
+    column = numpy.array(words, numpy.uint64)
+    mixed = mixed_bits(seed, Stream.CROP, column, *more)
+    assert mixed.dtype == numpy.uint64
+    assert mixed.tolist() == [mixed_bits(seed, Stream.CROP, word, *more) for word in words]
+    columns = (numpy.full(len(words), each, numpy.uint64) for each in more)
+    assert mixed_bits(seed, Stream.CROP, column, *columns).tolist() == mixed.tolist()
+    assert column.tolist() == words, "nothing is changed in place"
+
+
+@pytest.mark.parametrize("place", ["seed", "first", "second"])
+def test_one_bit_of_a_coordinate_changes_half_of_the_mixed_bits(place: str) -> None:
+    random = numpy.random.default_rng(0).integers(0, 2**63, (3, 200)).tolist()
+    random[2] = list(range(200))  # variants are small numbers
+    for bit in (0, 1, 5, 31, 62):
+        changed = 0
+        for seed, first, second in zip(*random, strict=True):
+            flips = {name: (1 << bit) * (name == place) for name in ("seed", "first", "second")}
+            other = mixed_bits(seed ^ flips["seed"], Stream.CROP, first ^ flips["first"], second ^ flips["second"])
+            changed += (mixed_bits(seed, Stream.CROP, first, second) ^ other).bit_count()
+        assert abs(changed / (200 * 64) - 0.5) < 5 * 0.5 / (200 * 64) ** 0.5
+
+
+def test_golden_value_pins_the_meaning_of_mixed_bits() -> None:
+    """A change here changes every crop ever drawn: never update this number."""
+    assert mixed_bits(0, Stream.CROP, 1, 2) == 18291470974473660946

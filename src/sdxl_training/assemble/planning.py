@@ -58,7 +58,9 @@ from sdxl_training.records import UserError
 from sdxl_training.tracking.progress import ConsoleProgress, open_log
 
 UNUSABLE = "cannot be used"
-REASONED = 20_000  # records that lack a latent and are asked why; of more, so many evenly spread ones speak for all
+REASONED = (
+    4_000  # records that lack a latent and are asked why (a second); of more, so many evenly spread speak for all
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import struct
-from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -27,7 +26,7 @@ from torch import Tensor
 
 from sdxl_training.data.buckets import Integers
 from sdxl_training.data.colour import RGB, WHITE
-from sdxl_training.data.crops import covering_sizes
+from sdxl_training.data.crop_columns import CropColumns
 from sdxl_training.data.images import RESAMPLING
 from sdxl_training.data.picture_plan import PicturePlan
 from sdxl_training.data.store import DamagedEntry, Store
@@ -127,14 +126,18 @@ class LatentCache:
 
         contents_N: digests, shape (N, 2). known_N: which of them are known; of the other records all are missing.
         """
-        record_M, digests_M = plan_digests(plan)
-        keys_M = contents_N[record_M] ^ digests_M
-        there_M = np.zeros(len(record_M), dtype=bool)
-        for settings in self._readable():
-            there_M |= self.store.find(keys_M ^ _words(settings)) >= 0
-        there_M &= known_N[record_M]
-        there_N, missing_N = (np.bincount(record_M[some_M], minlength=len(known_N)) for some_M in (there_M, ~there_M))
-        return there_N, missing_N
+        counted = np.empty((2, len(known_N)), np.int64)
+        for part in plan.parts():
+            crops, known = plan.crops(part), known_N[part]
+            record_M = crops.picture_M
+            keys_M = contents_N[part][record_M] ^ plan_digests(crops)
+            there_M = np.zeros(len(record_M), dtype=bool)
+            for settings in self._readable():
+                there_M |= self.store.find(keys_M ^ _words(settings)) >= 0
+            there_M &= known[record_M]
+            counted[0, part] = np.bincount(record_M[there_M], minlength=len(known))
+            counted[1, part] = np.bincount(record_M[~there_M], minlength=len(known))
+        return counted[0], counted[1]
 
     def missing(self, contents_N: Keys, known_N: NDArray[np.bool_], plan: PicturePlan) -> Integers:
         """Return how many latents each of the plan's N records lacks; see `count`."""
@@ -228,33 +231,12 @@ class Reasons:
         return "stored copy unusable"
 
 
-def plan_digests(plan: PicturePlan) -> tuple[Integers, Keys]:
-    """Return the record of each of M variants and their plan digests, shape (M, 2).
-
-    A million centre crops take a fraction of a second; crops that each picture decides for itself take some ten.
-    """
-    return _digests_of_centres(plan) if plan.cut.position == "centre" else _digests_one_by_one(plan)
-
-
-def _digests_of_centres(plan: PicturePlan) -> tuple[Integers, Keys]:
-    record_M = np.repeat(np.arange(len(plan.picture_N)), 2 if plan.cut.flip else 1)
-    flipped_M = np.arange(len(record_M)) % 2 if plan.cut.flip else np.zeros_like(record_M)
-    picture_M, bucket_M = plan.picture_N[record_M], plan.bucket_N[record_M]
-    original_h_M, original_w_M = plan.columns.heights_P[picture_M], plan.columns.widths_P[picture_M]
-    target_h_M, target_w_M = np.array([bucket.size_hw for bucket in plan.buckets], dtype=np.int64)[bucket_M].T
-    height_M, width_M = covering_sizes(original_h_M, original_w_M, target_h_M, target_w_M)
-    top_M, left_M = (height_M - target_h_M) // 2, (width_M - target_w_M) // 2
-    first_M, second_M = _pack(top_M, left_M, flipped_M, height_M, width_M, target_h_M, target_w_M)
-    return record_M, np.stack([first_M, second_M], axis=1).astype(np.uint64)
-
-
-def _digests_one_by_one(plan: PicturePlan) -> tuple[Integers, Keys]:
-    records, halves = array("q"), array("Q")
-    for number, variants in enumerate(plan.variants):
-        for one in variants:
-            records.append(number)
-            halves.extend(_pack(*_numbers(one)))
-    return np.frombuffer(records, dtype=np.int64), np.frombuffer(halves, dtype=np.uint64).reshape(-1, 2)
+def plan_digests(crops: CropColumns) -> Keys:
+    """Return the digests (M, 2) of the plans of these crops."""
+    (top_M, left_M), flipped_M = crops.crop_tl_M2.T, crops.flipped_M.astype(np.int64)
+    (resized_h_M, resized_w_M), (bucket_h_M, bucket_w_M) = crops.resized_M2.T, crops.bucket_M2.T
+    halves = _pack(top_M, left_M, flipped_M, resized_h_M, resized_w_M, bucket_h_M, bucket_w_M)
+    return np.stack(halves, axis=1).astype(np.uint64)
 
 
 def projected_bytes(plan: PicturePlan, posterior: Posterior) -> int:

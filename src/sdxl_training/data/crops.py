@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from sdxl_training.data.lazy import Lazy
 from sdxl_training.records import Bucket, CropPlan, SizeHW, UserError
-from sdxl_training.rng import Stream, derive_seed
+from sdxl_training.rng import Stream, Words, derive_seed, mixed_bits
 
 Position = Literal["centre", "random", "focus"]
 Box = tuple[int, int, int, int]
@@ -101,21 +101,35 @@ def covering_sizes(
 def random_place(plan: CropPlan, seed: int, sample_id: int, variant: int) -> tuple[int, int]:
     """Return where to cut, drawn evenly from all places inside: a function of (seed, sample id, variant)."""
     (resized_h, resized_w), (target_h, target_w) = plan.resized_hw, plan.bucket.size_hw
-    number = derive_seed(seed, Stream.CROP, sample_id, variant)
-    # A covering picture is cut along one side only, so one number serves both.
-    return number % (resized_h - target_h + 1), number % (resized_w - target_w + 1)
+    top, left = (random_start(seed, sample_id, variant, cut) for cut in (resized_h - target_h, resized_w - target_w))
+    return top, left
+
+
+def random_start(seed: int, sample_id: Words, variant: int, cut: Words) -> Words:
+    """Return where a crop begins along a side of which `cut` pixels are cut away: one picture or a column of them.
+
+    A covering picture is cut along one side only, so the same number serves both.
+    """
+    return mixed_bits(seed, Stream.CROP, sample_id, variant) % (cut + 1)
 
 
 def focus_place(plan: CropPlan, box: Box) -> tuple[int, int]:
     """Return where to cut so that most of the box is kept, and its centre is as near as possible to the crop's."""
     top, left = (
-        # The crop's start, were its centre the box's: (start + length / 2) resized / original - target / 2.
-        min(max(_divide_rounded((2 * start + length) * resized - target * original, 2 * original), 0), resized - target)
+        min(max(centred_start(start, length, resized, target, original), 0), resized - target)
         for start, length, resized, target, original in zip(
             box[:2], box[2:], plan.resized_hw, plan.bucket.size_hw, plan.original_hw, strict=True
         )
     )
     return top, left
+
+
+def centred_start(start: Whole, length: Whole, resized: Whole, target: Whole, original: Whole) -> Whole:
+    """Return where a crop begins along a side if its centre is that of a box, which may be outside the picture.
+
+    (start + length / 2) resized / original - target / 2, rounded; one picture or a column of them.
+    """
+    return _divide_rounded((2 * start + length) * resized - target * original, 2 * original)
 
 
 @lru_cache(maxsize=REMEMBERED)
@@ -170,9 +184,10 @@ def variant_of_visit(seed: int, sample_id: int, visit: int, count: int) -> int:
     return 0 if count == 1 else (visit + derive_seed(seed, Stream.CROP, sample_id)) % count
 
 
-def sample_id_at(sample_id: int, bucket: Bucket) -> int:
+def sample_id_at(sample_id: Words, bucket_h: Words, bucket_w: Words) -> Words:
     """Return the 63-bit sample id of a picture's further appearance in another bucket, with randomness of its own."""
-    return derive_seed(sample_id, Stream.CROP, *bucket.size_hw) >> 1
+    mixed: Words = mixed_bits(0, Stream.CROP, sample_id, bucket_h, bucket_w)
+    return mixed // 2
 
 
 def _divide_rounded(numerator: Whole, denominator: Whole) -> Whole:

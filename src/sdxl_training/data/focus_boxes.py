@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from sdxl_training.data.crop_columns import read_boxes, written_boxes
 from sdxl_training.data.crops import not_inside
 
 
@@ -33,14 +34,5 @@ def with_bad_boxes(table: pa.Table) -> pa.Table:
 
 def boxes_inside(boxes: pa.ListArray, heights_B: NDArray[np.int32], widths_B: NDArray[np.int32]) -> NDArray[np.bool_]:
     """Return which boxes (B,) leave something inside their pictures, as `crops.read_box` reads them."""
-    four_B = pc.equal(pc.list_value_length(boxes), 4).to_numpy(zero_copy_only=False)
-    values_B4 = np.zeros((len(boxes), 4))  # nothing is inside of such a box
-    values_B4[four_B] = pc.list_flatten(boxes.filter(pa.array(four_B))).to_numpy(zero_copy_only=False).reshape(-1, 4)
-    size_B2 = np.stack([heights_B, widths_B], axis=1).astype(np.float64)
-    with np.errstate(invalid="ignore", over="ignore"):
-        scale_B2 = np.where(values_B4.max(axis=1, keepdims=True) <= 1, size_B2, 1.0)
-        start_B2, length_B2 = values_B4[:, :2] * scale_B2, values_B4[:, 2:] * scale_B2
-        end_B2 = start_B2 + length_B2
-        left_B2 = np.minimum(np.ceil(end_B2), size_B2) - np.maximum(np.floor(start_B2), 0)
-    finite_B = np.isfinite(values_B4).all(axis=1) & np.isfinite(end_B2).all(axis=1)
-    return np.asarray(finite_B & (length_B2 > 0).all(axis=1) & (left_B2 > 0).all(axis=1))
+    size_B2 = np.stack([heights_B, widths_B], axis=1).astype(np.int64)
+    return np.asarray(read_boxes(written_boxes(boxes), size_B2)[:, 2] > 0)

@@ -5,19 +5,22 @@ Shape legend: P pictures, N records (a picture at one resolution), M pictures or
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from sdxl_training.data.buckets import Fitting, Integers
+from sdxl_training.data.crop_columns import Bits, CropColumns, Floats, make_crops, read_boxes, written_boxes
 from sdxl_training.data.crops import Cut, covering_sizes, read_box, sample_id_at
 from sdxl_training.data.lazy import Lazy
 from sdxl_training.records import Bucket, CropPlan, ImageRecord, UserError
 
 NOTABLE_CROP = 0.10
+CROPPED_AT_ONCE = 2**15  # records, whose columns then stay in the processor's cache
 CENTRE = Cut()
 
 
@@ -29,19 +32,41 @@ class LeftOut:
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Columns:
-    """What the plan must know of all pictures at once."""
+    """What the plan must know of all pictures at once.
+
+    make_sample_ids, make_boxes: see the properties; asked once, and only where crops depend on it.
+    """
 
     heights_P: Integers
     widths_P: Integers
     repeats_P: Integers
+    make_sample_ids: Callable[[], Bits]
+    make_boxes: Callable[[], Floats]
+
+    @cached_property
+    def sample_ids(self) -> Bits:
+        """Return the sample ids (P,)."""
+        return self.make_sample_ids()
+
+    @cached_property
+    def boxes(self) -> Floats:
+        """Return the focus boxes (P, 4) as `written_boxes` returns them."""
+        return self.make_boxes()
 
     @classmethod
     def of(cls, records: Sequence[ImageRecord]) -> Columns:
         """Return the columns of records that exist as objects."""
         rows = [(*record.size_hw, record.repeats) for record in records]
-        return cls(*np.array(rows, dtype=np.int64).reshape(-1, 3).T)
+        heights_P, widths_P, repeats_P = np.array(rows, dtype=np.int64).reshape(-1, 3).T
+        return cls(
+            heights_P,
+            widths_P,
+            repeats_P,
+            lambda: np.array([record.sample_id for record in records], dtype=np.uint64),
+            lambda: written_boxes(pa.array([record.focus for record in records], pa.list_(pa.float64()))),
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,10 +185,39 @@ class PicturePlan:
         return [(self._record(number), self._variants(number)[0]) for number in worst if self.cropped[number] > 0]
 
     def latents(self) -> int:
-        """Return how many latents there are, variants counted: exact where crops are not random, else at most."""
+        """Return how many latents there are, variants counted."""
         if self.cut.position != "random":
             return len(self.picture_N) * (2 if self.cut.flip else 1)
-        return sum(map(len, self.variants))
+        return sum(len(self.crops(part).picture_M) for part in self.parts())
+
+    def parts(self) -> Iterator[slice]:
+        """Yield the numbers of all records in parts of which the crops may be made at once."""
+        yield from (slice(first, first + CROPPED_AT_ONCE) for first in range(0, len(self.picture_N), CROPPED_AT_ONCE))
+
+    def crops(self, part: slice) -> CropColumns:
+        """Return the variants of these records, whose numbers count from the part's first.
+
+        Raises UserError for a box that is none.
+        """
+        picture_N = self.picture_N[part]
+        original_N2 = np.stack([self.columns.heights_P[picture_N], self.columns.widths_P[picture_N]], axis=1)
+        bucket_N2 = self._bucket_sizes[self.bucket_N[part]]
+        sample_id_N, box_N4 = None, None
+        if self.cut.position == "random":
+            sample_id_N = self.columns.sample_ids[picture_N]
+            bucket_h_N, bucket_w_N = bucket_N2.astype(np.uint64).T
+            others_N = sample_id_at(sample_id_N, bucket_h_N, bucket_w_N)
+            sample_id_N = np.where(self.first_N[part], sample_id_N, others_N)
+        elif self.cut.position == "focus":
+            written_N4 = self.columns.boxes[picture_N]
+            box_N4 = read_boxes(written_N4, original_N2)
+            for number in np.flatnonzero(~np.isnan(written_N4[:, 0]) & (box_N4[:, 2] == 0)):
+                self._variants(part.start + int(number))  # which says what is wrong with the box
+        return make_crops(self.cut, original_N2, bucket_N2, sample_id_N, box_N4)
+
+    @cached_property
+    def _bucket_sizes(self) -> Integers:
+        return np.array([bucket.size_hw for bucket in self.buckets], dtype=np.int64)
 
     @property
     def _originals(self) -> Integers:
@@ -172,14 +226,14 @@ class PicturePlan:
     @cached_property
     def _sizes(self) -> tuple[Integers, Integers]:
         """Return bucket and resized (height, width) of each record."""
-        target_N2 = np.array([bucket.size_hw for bucket in self.buckets], dtype=np.int64)[self.bucket_N]
+        target_N2 = self._bucket_sizes[self.bucket_N]
         return target_N2, np.stack(covering_sizes(*self._originals.T, *target_N2.T), axis=1)
 
     def _record(self, number: int) -> ImageRecord:
         record = self.pictures[int(self.picture_N[number])]
         if self.first_N[number]:
             return record
-        return replace(record, sample_id=sample_id_at(record.sample_id, self.buckets[self.bucket_N[number]]))
+        return replace(record, sample_id=sample_id_at(record.sample_id, *self.buckets[self.bucket_N[number]].size_hw))
 
     def _variants(self, number: int) -> tuple[CropPlan, ...]:
         return self._variants_of(self._record(number), number)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
 from typing import Any, Literal, overload
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from sdxl_training.data.buckets import Integers
 from sdxl_training.data.caption_weights import parse_weights
 from sdxl_training.data.captions import join_tags, split_alternatives, split_tags
+from sdxl_training.data.crop_columns import Bits, Floats, written_boxes
 from sdxl_training.data.decoding import UnreadablePicture
 from sdxl_training.data.filters import EVERYTHING, Filter
 from sdxl_training.data.lazy import Lazy
@@ -28,6 +29,7 @@ from sdxl_training.data.picture_plan import Columns, PicturePlan
 from sdxl_training.records import ImageRecord, Quarantined, UserError
 
 EXAMPLES = 5
+IN_PYTHON = 2**14  # values of a column that are Python objects at a time
 PROBES = 8  # other pictures that are tried before one that cannot be read is blamed for it
 Missing = Literal["refuse", "empty", "leave_out"]
 
@@ -151,7 +153,18 @@ class IndexedSource:
 
 def sample_id(source: int, name: bytes) -> int:
     """Return 63 bits that stay the same when the source moves to another place or machine."""
-    return int.from_bytes(hashlib.blake2b(source.to_bytes(8, "little") + name, digest_size=8).digest(), "little") >> 1
+    return int(_sample_ids(source, [name])[0])
+
+
+def _sample_ids(source: int, names: Iterable[bytes]) -> Bits:
+    before = source.to_bytes(8, "little")
+    digests = b"".join(hashlib.blake2b(before + name, digest_size=8).digest() for name in names)
+    return np.frombuffer(digests, np.dtype("<u8")) >> np.uint64(1)
+
+
+def _in_python(values: pa.Array) -> Iterator[bytes]:
+    for first in range(0, len(values), IN_PYTHON):
+        yield from values[first : first + IN_PYTHON].to_pylist()
 
 
 class Pictures(Sequence[ImageRecord]):
@@ -237,10 +250,20 @@ class Pictures(Sequence[ImageRecord]):
         return True
 
     def columns(self) -> Columns:
-        """Return sizes and repeats of all pictures."""
+        """Return what a plan must know of all pictures at once."""
         heights_P, widths_P = self.column("height"), self.column("width")
         repeats = np.array([source.rules.repeats for source in self.sources], dtype=np.int64)
-        return Columns(heights_P.astype(np.int64), widths_P.astype(np.int64), repeats[self.source_P])
+        sizes = (heights_P.astype(np.int64), widths_P.astype(np.int64))
+        return Columns(*sizes, repeats[self.source_P], self.sample_ids, self.written_boxes)
+
+    def sample_ids(self) -> Bits:
+        """Return the sample ids of all pictures; a second a million."""
+        names = (_in_python(self.taken(number, "name")) for number in range(len(self.sources)))
+        return np.concatenate([_sample_ids(number, some) for number, some in enumerate(names)])
+
+    def written_boxes(self) -> Floats:
+        """Return the focus boxes (P, 4) of all pictures as they are written, see crop_columns.written_boxes."""
+        return np.concatenate([written_boxes(self.taken(number, "focus")) for number in range(len(self.sources))])
 
     def column(self, name: str) -> NDArray[np.generic]:
         """Return a column of numbers of all pictures."""

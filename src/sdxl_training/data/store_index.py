@@ -54,8 +54,11 @@ class KeyIndex(NamedTuple):
     def find(self, entries_N: Records, keys_N2: Keys) -> Rows:
         """Return each key's row or -1. Keys that share their first half, which digests do not, take a pass each."""
         rows_N = np.full(len(keys_N2), -1, np.int64)
-        places_N = np.searchsorted(self.high_M, keys_N2[:, 0])
-        sought = np.arange(len(keys_N2))
+        if not len(self.rows_M):
+            return rows_N
+        sought = np.argsort(keys_N2[:, 0])  # in order, what is looked up lies near what was looked up before
+        places_N = np.empty(len(keys_N2), np.int64)
+        places_N[sought] = np.searchsorted(self.high_M, keys_N2[sought, 0])
         while len(sought):
             sought = sought[places_N[sought] < len(self.high_M)]
             sought = sought[self.high_M[places_N[sought]] == keys_N2[sought, 0]]
