@@ -15,6 +15,7 @@ import torch
 from sdxl_training.assemble.objective import build_objective
 from sdxl_training.assemble.parts import build_update
 from sdxl_training.assemble.resume import restore, snapshot
+from sdxl_training.assemble.weighting import TagParts
 from sdxl_training.config.schema import Config
 from sdxl_training.parallel.group import Group
 from sdxl_training.tracking.progress import SilentProgress
@@ -168,10 +169,10 @@ def test_what_a_checkpoint_has_is_taken_up_and_what_it_lacks_begins_here(
 ) -> None:
     run, sdxl = make_run(make_config(*before))
     make_updates(run)
-    saved = load_checkpoint(save_checkpoint(tmp_path, snapshot(run, sdxl, make_config(*before), 3, {})))
+    saved = load_checkpoint(save_checkpoint(tmp_path, snapshot(run, TagParts(), sdxl, make_config(*before), 3, {})))
     (resumed, _), (fresh, _) = make_run(make_config(*after)), make_run(make_config(*after))
     said = Said()
-    restore(resumed, saved, said)
+    restore(resumed, TagParts(), saved, said)
     assert [sentence.partition(":")[0] for sentence in said.sentences] == begins_here
     levels = (fresh if "training.level_density" in begins_here else run).objective.level_draw.state()
     for name, value in resumed.objective.level_draw.state().items():

@@ -273,10 +273,10 @@ def test_a_million_known_pictures_take_about_a_second():
         def column(self, name):
             return np.full(count, 7)
 
-    start = time.perf_counter()
+    start = time.process_time()
     groups = same_pictures(Equal(), Columns(), Bar())
     assert (groups.dropped, len(groups.members)) == (len(digests[count // 2 :: 7]),) * 2
-    assert time.perf_counter() - start < 4  # 0.7 s on a quiet core
+    assert time.process_time() - start < 4  # 0.7 s of a core, however busy the machine is
 
 
 # For people

@@ -79,25 +79,6 @@ def test_what_is_handed_out_is_what_the_cache_gives_back(tmp_path, posterior):
         assert latent[1].any() == (posterior == "sample")
 
 
-def test_what_was_stored_since_a_worker_looked_is_not_encoded_again(tmp_path):
-    """So which pictures go through the VAE together, which decides last bits, is not a matter of time."""
-    cache, vae = LatentCache(tmp_path, "vae"), Vae(scale=3.3)
-    with StoreWriter(tmp_path) as writer:
-        Encoder(Vae(scale=3.3), CPU, 4, LatentCache(tmp_path, "vae"), writer)(PICTURES[1:4])
-        encoder = Encoder(vae, CPU, 8, cache, writer)
-        latents = encoder.latents_of(PICTURES[:6])
-        assert [shape[0] for shape in vae.shapes] == [3]
-        again = encoder.latents_of(PICTURES[:6])
-        assert [shape[0] for shape in vae.shapes] == [3]
-        expected = Encoder(Vae(scale=3.3), CPU, 8, cache)(PICTURES[:6])
-    for found in (latents, again):
-        for one, other in zip(found, expected, strict=True):
-            assert all(torch.equal(*pair) for pair in zip(one, other, strict=True))
-    assert [shape[0] for shape in vae.shapes] == [3]
-    Encoder(vae, CPU, 8).latents_of(PICTURES[:6])
-    assert [shape[0] for shape in vae.shapes] == [3, 6], "without a cache each time"
-
-
 def test_an_entry_says_what_it_was_made_from(tmp_path):
     cache = LatentCache(tmp_path, "vae")
     with StoreWriter(tmp_path) as writer:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sdxl_training.data.captions import CaptionRules
+from sdxl_training.data.claims import Claims
 from sdxl_training.data.kept_captions import KeptCaptions
 from sdxl_training.data.store_writer import StoreWriter
 from sdxl_training.data.text_states import LOOKED_UP, TextCache, TextShape, captions_to_keep, fill_texts
@@ -39,7 +40,15 @@ def filled(tmp_path: Path) -> Path:
     kept = KeptCaptions(cache, "pictures")
     assert not kept.all_there(texts())
     with StoreWriter(tmp_path) as writer:
-        fill_texts(cache, kept.noting(texts()), 1 + 2 * len(RECORDS), encode, writer, SilentProgress())
+        fill_texts(
+            cache,
+            kept.noting(texts()),
+            1 + 2 * len(RECORDS),
+            encode,
+            writer,
+            Claims(tmp_path / "claims"),
+            SilentProgress(),
+        )
     kept.remember()
     return tmp_path
 

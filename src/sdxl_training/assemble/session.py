@@ -107,7 +107,7 @@ class Session:
         Raises UserError where too many pictures are bad.
         """
         raw = replace(raw, weight_B=raw.weight_B * self.tags.weights.of(raw.pictures))
-        batch = to_batch(raw, self._encode_text, self.encoder.latents_of, self.group.device)
+        batch = to_batch(raw, self._encode_text, self.encoder, self.group.device)
         self.quarantine([*raw.bad, *self.encoder.take_bad()])
         return batch
 

@@ -70,19 +70,6 @@ class Encoder:
             )
         return latents
 
-    def latents_of(self, pictures: Sequence[Unencoded]) -> list[Latent | None]:
-        """Return the same, but encode only what the cache still lacks: much may have come since a worker looked.
-
-        A latent's last bits depend on how many pictures go through the VAE together. How far ahead workers were, which
-        differs where a run is resumed, must not decide that.
-        """
-        if self.cache is None:
-            return self(pictures)
-        self.cache.refresh()
-        found = [self.cache.read(one.content, one.plan) for one in pictures]
-        made = iter(self([one for one, latent in zip(pictures, found, strict=True) if latent is None]))
-        return [next(made) if latent is None else (self._widen(latent[0]), self._widen(latent[1])) for latent in found]
-
     def take_bad(self) -> list[Quarantined]:
         """Return the pictures found to be of no use since the last time."""
         bad, self.bad = self.bad, []
