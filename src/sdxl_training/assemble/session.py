@@ -63,6 +63,8 @@ from sdxl_training.training.checkpoint import Checkpoint
 from sdxl_training.training.step import Run
 
 ENCODE_BATCH = 8
+"""Pictures that go through the VAE at once. On the CPU, where together is no faster for SDXL, each goes alone: a latent's
+last bits depend on how many are encoded with it, which depends on how far ahead workers are and what a crash left."""
 
 
 @dataclass
@@ -269,7 +271,7 @@ def build_encoder(
     return Encoder(
         partial(encode_latents, vae),
         device,
-        ENCODE_BATCH,
+        1 if device.type == "cpu" else ENCODE_BATCH,
         cache,
         writer,
         exactly=partial(encode_latents_exactly, vae),
