@@ -15,9 +15,15 @@ import torch
 from safetensors.torch import load_file
 
 from sdxl_training.data.demo_set import write_demo_set
+from tests.integration.starting import Started
 from tests.tiny_sdxl import tiny_pipeline
 
-ROOT = Path(__file__).resolve().parents[2]
+MAIN = Path(__file__).resolve().parents[2] / "src" / "main.py"
+
+
+def environment() -> dict[str, str]:
+    """What processes of tests get: one thread each, no network, wide lines."""
+    return os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
 
 
 @pytest.fixture(scope="session")
@@ -47,26 +53,30 @@ class Trainer:
     def run_dir(self) -> Path:
         return self.output / "run"
 
-    def command(self, *arguments: str, processes: int = 1) -> list[str]:
-        launch = (
-            ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"] if processes > 1 else []
-        )
-        output = f"global_config.output_dir={self.output}"
-        program = [str(ROOT / "src" / "main.py"), "--config", str(self.config), "--set", output]
-        return [sys.executable, *launch, *program, *arguments]
+    @property
+    def program(self) -> Path:
+        return MAIN
 
-    def start(self, *arguments: str, processes: int = 1) -> subprocess.Popen[str]:
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
+    def arguments(self, *more: str) -> list[str]:
+        return ["--config", str(self.config), "--set", f"global_config.output_dir={self.output}", *more]
+
+    def start(self, *arguments: str) -> Started:
+        return Started(self.program, self.arguments(*arguments), environment(), together=True)
+
+    def launch(self, *arguments: str, processes: int = 1) -> subprocess.Popen[str]:
+        """Start the program as a user does: by its file, or by torchrun."""
+        torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
+        program = [*(torchrun if processes > 1 else []), str(self.program), *self.arguments(*arguments)]
         return subprocess.Popen(
-            self.command(*arguments, processes=processes),
+            [sys.executable, *program],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            env=environment,
+            env=environment(),
         )
 
     def run(self, *arguments: str, processes: int = 1, status: int = 0) -> str:
-        process = self.start(*arguments, processes=processes)
+        process = self.launch(*arguments, processes=processes) if processes > 1 else self.start(*arguments)
         said, _ = process.communicate(timeout=240)
         assert process.returncode == status, said
         return said
@@ -83,7 +93,7 @@ class Trainer:
             for name, tensor in load_file(path).items()
         }
 
-    def wait_for(self, process: subprocess.Popen[str], path: Path) -> None:
+    def wait_for(self, process: Started | subprocess.Popen[str], path: Path) -> None:
         """Wait until the running trainer has made `path`."""
         deadline = time.monotonic() + 120
         while not path.exists():

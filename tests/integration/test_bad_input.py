@@ -14,7 +14,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from sdxl_training.data.store import Store
-from tests.integration.conftest import CONFIG, ROOT, Trainer
+from tests.integration.conftest import CONFIG, Trainer
 from tests.integration.test_data_commands import run
 
 SOUND = [f"{number}.png" for number in range(10)]
@@ -61,10 +61,9 @@ class Messy(Trainer):
     folders: tuple[Path, Path]
     said: str = ""
 
-    def command(self, *arguments: str, processes: int = 1) -> list[str]:
-        command = super().command(*arguments, processes=processes)
-        command[command.index(str(ROOT / "src" / "main.py"))] = str(self.config.with_name("program.py"))
-        return command
+    @property
+    def program(self) -> Path:
+        return self.config.with_name("program.py")
 
     def planned(self) -> int:
         return int(re.search(r"(\d+) pictures, \d+ images an epoch", self.said)[1])

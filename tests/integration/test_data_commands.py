@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +14,8 @@ import pytest
 from PIL import Image
 
 from sdxl_training.data.store import Store
-from tests.integration.conftest import ROOT, Trainer
+from tests.integration.conftest import Trainer, environment
+from tests.integration.starting import Started
 
 FIRST = "data.cache.mode=first"
 USABLE, FOUND = 36, 39
@@ -32,18 +30,12 @@ class Ended:
     err: str
 
 
-def start(trainer: Trainer, command: str, *arguments: str, settings: tuple[str, ...] = ()) -> subprocess.Popen[str]:
-    words = [word for one in (f"global_config.output_dir={trainer.output}", *settings) for word in ("--set", one)]
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / "src" / "main.py"), command, "--config", str(trainer.config), *words, *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"},
-    )
+def start(trainer: Trainer, command: str, *arguments: str, settings: tuple[str, ...] = ()) -> Started:
+    words = [word for one in settings for word in ("--set", one)]
+    return Started(trainer.program, [command, *trainer.arguments(*words, *arguments)], environment())
 
 
-def ended(process: subprocess.Popen[str], status: int = 0) -> Ended:
+def ended(process: Started, status: int = 0) -> Ended:
     out, err = process.communicate(timeout=240)
     assert process.returncode == status, out + err
     assert "Traceback" not in out + err

@@ -16,7 +16,9 @@ SHORT = ("--set", "training.max_steps=4", "--set", "global_config.previews={ever
 
 
 def test_a_run_leaves_what_the_surface_promises(trainer: Trainer) -> None:
-    said = trainer.run(*SHORT, "--set", "global_config.tracking.tensorboard=true")
+    process = trainer.launch(*SHORT, "--set", "global_config.tracking.tensorboard=true")
+    said, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, said
     run = trainer.run_dir
     for name in ("config.resolved.yaml", "run.log", "metrics.jsonl", "quarantine.jsonl", "report.html"):
         assert (run / name).stat().st_size > 0, name

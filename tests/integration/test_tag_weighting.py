@@ -22,7 +22,6 @@ from sdxl_training.parallel.group import Group
 from sdxl_training.records import Draw, UserError
 from sdxl_training.training.checkpoint import load_checkpoint, save_checkpoint
 from sdxl_training.training.step import add_gradients, loss_per_sample
-from tests.integration.conftest import ROOT
 from tests.integration.tag_run import flat, make_updates, open_for
 
 ALONE = Group(0, 1, torch.device("cpu"))
@@ -79,7 +78,7 @@ def test_two_ranks_hold_the_same_and_what_one_process_holds(
     described = {name: settings(pictures, tiny_model, tmp_path, WEIGHTING[name], batch_size=2) for name in WEIGHTING}
     (tmp_path / "settings.json").write_text(json.dumps(described))
     launch = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-    program = [str(ROOT / "tests" / "integration" / "tag_run.py"), str(tmp_path / "settings.json"), str(tmp_path)]
+    program = [str(Path(__file__).with_name("tag_run.py")), str(tmp_path / "settings.json"), str(tmp_path)]
     ended = subprocess.run(
         [sys.executable, *launch, *program],
         capture_output=True,

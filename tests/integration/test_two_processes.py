@@ -34,7 +34,7 @@ def test_same_losses_and_weights_as_one(trainer: Trainer, tmp_path: Path) -> Non
 def test_two_processes_stop_together_and_resume(trainer: Trainer) -> None:
     import signal
 
-    process = trainer.start(processes=2)
+    process = trainer.launch(processes=2)
     trainer.wait_for(process, trainer.run_dir / "checkpoints" / "step-000005")
     process.send_signal(signal.SIGTERM)
     said, _ = process.communicate(timeout=120)

@@ -12,7 +12,7 @@ import torch
 from sdxl_training.assemble.dataset import build_schedule, find_pictures
 from sdxl_training.config.load import load_config
 from sdxl_training.tracking.progress import SilentProgress
-from tests.integration.conftest import ROOT, Trainer
+from tests.integration.conftest import Trainer
 
 LAST = 12
 EVERY = 4
@@ -42,10 +42,9 @@ main()
 class FaultyTrainer(Trainer):
     """Starts the trainer on a disk that fails."""
 
-    def command(self, *arguments: str, processes: int = 1) -> list[str]:
-        command = super().command(*arguments, processes=processes)
-        command[command.index(str(ROOT / "src" / "main.py"))] = str(self.config.with_name("faulty.py"))
-        return command
+    @property
+    def program(self) -> Path:
+        return self.config.with_name("faulty.py")
 
 
 @pytest.fixture

@@ -62,9 +62,7 @@ from sdxl_training.tracking.progress import Progress
 from sdxl_training.training.checkpoint import Checkpoint
 from sdxl_training.training.step import Run
 
-ENCODE_BATCH = 8
-"""Pictures that go through the VAE at once. On the CPU, where together is no faster for SDXL, each goes alone: a latent's
-last bits depend on how many are encoded with it, which depends on how far ahead workers are and what a crash left."""
+ENCODE_BATCH = 8  # pictures that go through the VAE at once on a GPU
 
 
 @dataclass
@@ -264,6 +262,15 @@ def _refuse_other_data(fingerprint: dict[str, str], group: Group) -> None:
         )
 
 
+def encode_batch(device: torch.device) -> int:
+    """Return how many pictures go through the VAE at once.
+
+    On the CPU, where several at once are no faster, each goes alone: the last bits of a latent depend on how many are
+    encoded with it, and that on how far ahead workers are and on what a crash left.
+    """
+    return 1 if device.type == "cpu" else ENCODE_BATCH
+
+
 def build_encoder(
     vae: AutoencoderKL, device: torch.device, cache: LatentCache | None, writer: StoreWriter | None
 ) -> Encoder:
@@ -271,7 +278,7 @@ def build_encoder(
     return Encoder(
         partial(encode_latents, vae),
         device,
-        1 if device.type == "cpu" else ENCODE_BATCH,
+        encode_batch(device),
         cache,
         writer,
         exactly=partial(encode_latents_exactly, vae),
