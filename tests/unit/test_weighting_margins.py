@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sdxl_training.weighting.balanced import LEAST_PICTURES, balanced_odds, draw_with_odds
-from sdxl_training.weighting.margins import MarginRule, TagMargins, weight_gradients
+from sdxl_training.weighting.margins import DECAY, MarginRule, TagMargins, weight_gradients
 from tests.tags import CATEGORY, lists_of, written_tags
 
 
@@ -91,7 +91,8 @@ def test_theta_goes_down_the_gradient_of_the_meta_loss(written, seed, emphasis):
         expected = (ahead - behind) / 2e-5
         assert first_K[k] / 0.1 == pytest.approx(expected, abs=1e-7)
         if abs(expected) > 1e-6:
-            assert moved_K[k] == pytest.approx(-0.05 * np.sign(expected), rel=1e-4), "Adam's first step"
+            decayed = 0.05 * (np.sign(expected) + DECAY * start_K[k])
+            assert moved_K[k] == pytest.approx(-decayed, rel=1e-4, abs=1e-5), "Adam's first step"
         elif not np.isin(k, np.concatenate([lists.of_picture(p) for p in picture_B])):
             assert moved_K[k] == 0.0
 
@@ -121,11 +122,22 @@ def test_tags_that_help_count_more_and_tags_that_hurt_less():
     assert found["hurts"] < -0.5
 
 
+def test_noise_moves_no_tag_far_however_long_it_lasts():
+    """Nothing is to be learnt here: the margins would wander to their limits, and count as if learnt."""
+    generator = np.random.default_rng(0)
+    names = [f"tag {k}" for k in range(20)]
+    lists = lists_of([list(generator.choice(names, 4, replace=False)) for _ in range(200)])
+    margins = TagMargins(lists, MarginRule(max_factor=3.0))
+    for _ in range(1000):
+        margins.learn(generator.integers(0, 200, 4), np.ones(4), generator.standard_normal(4))
+    assert margins.log_weights().std() < 0.3 * math.log(3)
+
+
 @pytest.mark.parametrize("most", [1.2, 3.0])
 def test_margins_stay_within_their_factor(most):
     margins = toy(800, MarginRule(learning_rate=0.5, max_factor=most))
     assert np.abs(margins.log_weights()).max() <= math.log(most)
-    assert np.abs(margins.log_weights()).max() > 0.95 * math.log(most)
+    assert np.abs(margins.log_weights()).max() > 0.8 * math.log(most)
 
 
 def test_a_gradient_that_all_samples_share_moves_nothing():

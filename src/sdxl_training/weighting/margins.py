@@ -20,6 +20,7 @@ import numpy as np
 from sdxl_training.weighting.tag_lists import Integers, Numbers, TagLists
 
 BETA_1, BETA_2, EPSILON = 0.9, 0.99, 1e-12
+DECAY = 0.5  # of theta, per learning rate: Adam makes steps of noise as long as others, which would add up to the limit
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +70,7 @@ class TagMargins:
         second[tags] = BETA_2 * second[tags] + (1 - BETA_2) * gradient_K**2
         mean_K = first[tags] / (1 - BETA_1 ** self._measured_K[tags])
         root_K = np.sqrt(second[tags] / (1 - BETA_2 ** self._measured_K[tags]))
-        self._theta_K[tags] -= self.rule.learning_rate * mean_K / (root_K + EPSILON)
+        self._theta_K[tags] -= self.rule.learning_rate * (mean_K / (root_K + EPSILON) + DECAY * self._theta_K[tags])
 
     def log_weights(self) -> Numbers:
         """Return the margins."""
