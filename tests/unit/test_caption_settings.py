@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from sdxl_training.assemble.captions import build_tokenizer, caption_rules
-from sdxl_training.assemble.sources import open_source, source_rules
-from sdxl_training.config.data import Captions
+from sdxl_training.assemble.sources import captions_are, open_pictures, open_source, source_rules
+from sdxl_training.config.data import Captions, Source, source_kind
 from sdxl_training.config.schema import Config
 from sdxl_training.data.caption_weights import parse_weights
 from sdxl_training.data.captions import CaptionRules
@@ -18,6 +18,8 @@ from sdxl_training.data.filters import Filter
 from sdxl_training.data.pictures import SourceRules
 from sdxl_training.model.load import load_sdxl
 from sdxl_training.model.text import CaptionTokenizer, plain_text
+from sdxl_training.records import UserError
+from sdxl_training.tracking.progress import SilentProgress
 from tests.tiny_sdxl import tiny_pipeline
 
 SETTINGS = {
@@ -44,6 +46,28 @@ def config() -> Config:
     config = Config.model_validate({"data": {"sources": SOURCES, "captions": SETTINGS}})
     assert all(getattr(config.data.captions, name) != value for name, value in Captions().model_dump().items())
     return config
+
+
+def test_a_table_beside_pictures_is_named_where_captions_are_looked_for(tmp_path: Path) -> None:
+    told = "it is the file with the picture's name and the ending .txt"
+    assert captions_are(Source(path=str(tmp_path)), ".txt") == told
+    (tmp_path / "metadata.csv").touch()
+    (tmp_path / "metadata.jsonl").touch()
+    advice = "; to read those in metadata.jsonl, set data.sources[].table: metadata.jsonl"
+    assert captions_are(Source(path=str(tmp_path)), ".txt") == told + advice
+
+
+@pytest.mark.parametrize("name", ["a.tar", "A.TAR", "a.tar.gz", "a.tgz", "s3://b/a.tar.zst"])
+def test_tars_are_known_by_their_names(name: str) -> None:
+    assert source_kind(Source(path=name)) == "tar"
+
+
+def test_a_compressed_tar_that_is_missing_is_no_folder(tmp_path: Path) -> None:
+    config = Config.model_validate(
+        {"data": {"sources": [{"path": str(tmp_path / "a.tar.gz")}], "cache": {"path": str(tmp_path / "cache")}}}
+    )
+    with pytest.raises(UserError, match=r"1 of 1 cannot be found: .*a\.tar\.gz\. Correct the name"):
+        open_pictures(config, SilentProgress())
 
 
 def test_rules_of_captions_and_sources_have_every_setting(config: Config) -> None:

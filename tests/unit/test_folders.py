@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import pickle
+import re
 from pathlib import Path
 
 import pytest
@@ -258,8 +259,38 @@ def test_folders_that_cannot_serve_say_why(tmp_path: Path) -> None:
         FolderSource(str(tmp_path / "set")).list_files()
     for name in ("a.txt", "b.TXT", "c.npz", "d"):
         (tmp_path / "set" / name).touch()
-    with pytest.raises(UserError, match=r"^no picture in it, only 2 x \.txt, 1 x (\.npz|no extension)"):
+    with pytest.raises(UserError, match=r"^no picture in it, only 2 x \.txt, 1 x (\.npz|no extension)") as caught:
         FolderSource(str(tmp_path / "set")).list_files()
+    assert "type:" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("a.parquet", "parquet"), ("b.ARROW", "parquet"), ("c.tar", "tar")])
+def test_pictures_inside_of_files_are_advised_on(tmp_path: Path, name: str, kind: str) -> None:
+    (tmp_path / name).touch()
+    told = f"only 1 x {Path(name).suffix.lower()}. For the pictures inside them set data.sources[].type: {kind}. Pict"
+    with pytest.raises(UserError, match=re.escape(told)):
+        FolderSource(str(tmp_path)).list_files()
+
+
+@pytest.mark.parametrize("processes", [1, 3])
+def test_links_that_lead_nowhere_are_named_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, processes: int
+) -> None:
+    monkeypatch.setattr(walking, "PATIENCE", 0.0)
+    picture(tmp_path / "a.png")
+    picture(tmp_path / "far/b.png")
+    (tmp_path / "good.png").symlink_to("a.png")
+    assert walk(str(tmp_path), None, processes)[0].num_rows == 3
+    assert not caplog.records
+    for name in ("c.png", "far/d.png"):
+        (tmp_path / name).symlink_to(tmp_path / "moved away")
+    assert walk(str(tmp_path), None, processes)[0].num_rows == 3
+    told = f"2 symbolic links lead nowhere and are passed over; the first: {tmp_path}/c.png"
+    assert [record.getMessage() for record in caplog.records] == [told]
+    caplog.clear()
+    (tmp_path / "far/e.png").symlink_to("e.png")
+    assert walk(str(tmp_path), None, processes)[0].num_rows == 3
+    assert [record.getMessage() for record in caplog.records] == [told.replace("2 symbolic", "3 symbolic")]
 
 
 @pytest.mark.parametrize("processes", [1, 2])

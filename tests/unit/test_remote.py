@@ -174,13 +174,14 @@ def test_linked_folders_are_followed_once(tmp_path: Path):
         ("/*.zip", "nothing is there. Names must end in .tar"),
         ("/b", "nothing that serves is there, only 2 x .txt, 1 x .zip. Names must end in .tar"),
         ("/b/a.zip", "only 1 x .zip"),
+        ("/p", r"only 1 x .arrow. Names must end in .tar. For the pictures inside them set .*type: parquet\.$"),
         ("/x-{3..1}.tar", "Correct it"),
         ("/{1..100000}-{1..2}.tar", "stand for 200000 files"),
         ("/{1..999999999999}.tar", "at most 100000"),
     ],
 )
 def test_what_is_not_there_is_said(fill: Callable[..., str], tail: str, message: str):
-    place = fill("x-1.tar", "b/a.txt", "b/b.txt", "b/a.zip")
+    place = fill("x-1.tar", "b/a.txt", "b/b.txt", "b/a.zip", "p/a.arrow")
     with pytest.raises(UserError, match=message):
         list_files(place + tail, (".tar",))
 

@@ -390,6 +390,11 @@ def test_compressed_tars_are_refused_by_name(tmp_path: Path):
     assert len(rows) == 3
 
 
+def test_only_what_can_be_read_is_asked_for(tmp_path: Path):
+    with pytest.raises(UserError, match=r"^nothing is there\. Names must end in \.tar\.$"):
+        TarSource(str(tmp_path)).list_files()
+
+
 def test_what_a_disk_does_not_give_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "a.tar").write_bytes(tar_of(TYPICAL))
     source = TarSource(str(tmp_path))

@@ -23,6 +23,8 @@ from sdxl_training.records import UserError
 from sdxl_training.tracking.progress import Progress
 
 INDEX_FOLDER = "index"
+TABLES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+"""Names of the table in a folder of pictures, as data sets are published."""
 
 
 def open_pictures(config: Config, progress: Progress) -> tuple[Pictures, KnownContents]:
@@ -123,4 +125,8 @@ def captions_are(described: Source, extension: str) -> str:
         return f"it is the member with the picture's name and the ending {extension} or .json"
     if kind == "parquet" or described.table is not None:
         return "it is in the columns that data.sources[].columns.captions names"
-    return f"it is the file with the picture's name and the ending {extension}"
+    told = f"it is the file with the picture's name and the ending {extension}"
+    if is_address(described.path):
+        return told
+    tables = [name for name in TABLES if (Path(described.path).expanduser() / name).is_file()]
+    return told + "".join(f"; to read those in {name}, set data.sources[].table: {name}" for name in tables[:1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
 from pydantic import Field, Strict
@@ -9,6 +10,7 @@ from pydantic import Field, Strict
 from sdxl_training.config.section import Fraction, Section
 
 EXTENSION = r"^\.[A-Za-z0-9_]+$"
+TAR = re.compile(r"\.(?:tar|tgz|tbz2|txz|tar\.\w+)$")  # compressed ones are refused, but as what they are
 Names = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Strict(False)]
 Level = Annotated[int, Field(ge=0, le=255)]
 Side = Annotated[int, Field(ge=8, multiple_of=8)]
@@ -81,10 +83,10 @@ def source_kind(source: Source) -> Literal["folder", "tar", "parquet"]:
     """Return what is there: as told, or by the path's ending."""
     if source.type != "auto":
         return source.type
-    ending = source.path.lower()
-    if ending.endswith(".tar"):
+    path = source.path.lower()
+    if TAR.search(path):
         return "tar"
-    return "parquet" if ending.endswith(".parquet") else "folder"
+    return "parquet" if path.endswith(".parquet") else "folder"
 
 
 class Buckets(Section):

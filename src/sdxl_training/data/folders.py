@@ -16,7 +16,7 @@ from sdxl_training.data.images import UnreadablePicture, read_file
 from sdxl_training.data.listing import PICTURES
 from sdxl_training.data.quick_headers import look_quickly
 from sdxl_training.data.sidecars import Sidecar, read_caption_file
-from sdxl_training.data.walk import EXTENSIONS, walk
+from sdxl_training.data.walk import EXTENSIONS, hint_of, walk
 from sdxl_training.records import UserError
 
 EXAMPLES = 5
@@ -166,4 +166,4 @@ def _found_instead(others: Counter[bytes]) -> str:
     if not others:
         return "the folder is empty."
     kinds = [f"{count} x {os.fsdecode(ending) or 'no extension'}" for ending, count in others.most_common(EXAMPLES)]
-    return f"no picture in it, only {', '.join(kinds)}."
+    return f"no picture in it, only {', '.join(kinds)}.{hint_of(map(os.fsdecode, others))}"

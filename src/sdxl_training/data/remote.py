@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, TypeVar, cast
 
 from fsspec.core import url_to_fs  # type: ignore[import-untyped, unused-ignore]
 
-from sdxl_training.data.walk import IGNORED_FOLDER
+from sdxl_training.data.walk import IGNORED_FOLDER, hint_of
 from sdxl_training.records import UserError
 
 if TYPE_CHECKING:
@@ -106,13 +106,13 @@ def base_of(root: str, suffixes: Sequence[str] = ()) -> str:
     return _as_folder(root)
 
 
-def list_files(root: str, suffixes: Sequence[str] = ()) -> list[ListedFile]:
+def list_files(root: str, suffixes: Sequence[str] = (), serving: Sequence[str] = ()) -> list[ListedFile]:
     """Return the files of a folder, a pattern or a single name, sorted by name; only those that end in `suffixes`.
 
     Below a folder everything counts, linked folders too, but not what is hidden (".name") or __MACOSX. In patterns "*"
     and "?" stand for parts of one name, "**" for folders as well, {a,b} and {000..127} for names which all must be
-    there; "[" is an ordinary character. suffixes: lower case; all files where there are none. Raises UserError where
-    the place is missing, empty or cannot be listed.
+    there; "[" is an ordinary character. suffixes: lower case; all files where there are none. serving: those that a
+    message names, where not all. Raises UserError where the place is missing, empty or cannot be listed.
     """
     base = base_of(root, suffixes)
     if WEB.match(base) and (STARS.search(root) or base == _as_folder(root)):
@@ -133,7 +133,7 @@ def list_files(root: str, suffixes: Sequence[str] = ()) -> list[ListedFile]:
         name = path[len(base) :].encode("utf-8", "surrogateescape")
         found[name] = ListedFile(name, size, mtime_ns)
     if not found:
-        raise UserError(_found_instead(others, suffixes))
+        raise UserError(_found_instead(others, serving or suffixes))
     return [found[name] for name in sorted(found)]
 
 
@@ -393,8 +393,8 @@ def _text(error: Exception) -> str:
 
 def _found_instead(others: Sequence[str], suffixes: Sequence[str]) -> str:
     wanted = f"Names must end in {' or '.join(suffixes)}." if suffixes else "Add files or correct the path."
-    if not others:
-        return f"nothing is there. {wanted}"
     kinds = Counter(PurePosixPath(name).suffix.lower() or "no extension" for name in others)
+    if not kinds:
+        return f"nothing is there. {wanted}"
     listed = ", ".join(f"{count} x {kind}" for kind, count in kinds.most_common(EXAMPLES))
-    return f"nothing that serves is there, only {listed}. {wanted}"
+    return f"nothing that serves is there, only {listed}. {wanted}{hint_of(kinds.keys() - set(suffixes))}"

@@ -59,7 +59,7 @@ class TarSource:
 
     def list_files(self) -> pa.Table:
         """Return the tars there are, schema FILES. Raises UserError where there is none or none can be read."""
-        files = list_files(self.address, PLAIN + COMPRESSED)
+        files = list_files(self.address, PLAIN + COMPRESSED, serving=PLAIN)
         if all(_is_compressed(file.name) for file in files):
             raise UserError(f"{fsdecode(files[0].name)}: {UNPACK}.")
         names, sizes, times = zip(*files, strict=True)

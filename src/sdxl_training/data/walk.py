@@ -8,6 +8,8 @@ Shape legend: N pictures, M some of them.
 
 from __future__ import annotations
 
+import errno
+import logging
 import os
 import time
 from array import array
@@ -31,6 +33,8 @@ from sdxl_training.records import UserError
 EXTENSIONS = frozenset(
     {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic", ".heif", ".jxl"}
 )
+KINDS = {".parquet": "parquet", ".arrow": "parquet", ".tar": "tar"}
+"""Endings of containers, and the kind of source that reads them."""
 IGNORED_FOLDER = b"__MACOSX"
 HIDDEN = ord(".")  # how names of hidden files start
 SLICE = 2**16  # pictures that are put in order at a time, so that what that takes stays in the processor's cache
@@ -40,6 +44,8 @@ PATIENCE = 0.05  # seconds; what takes longer is worth processes
 NONE = (-1, -1)  # size and time of what is not there
 
 PICTURE_ENDINGS = frozenset(os.fsencode(extension.removeprefix(".")) for extension in EXTENSIONS)
+
+log = logging.getLogger(__name__)
 
 FolderId = tuple[int, int]  # device and inode
 Place = tuple[bytes, FolderId]  # where a folder is, and which
@@ -71,7 +77,8 @@ class Listed:
     """Some folders as they were listed; their pictures follow each other.
 
     counts: pictures of each folder. names: all together, without folders, of these lengths. stamps_N4: size and time of
-    picture and caption. crowds: pictures whose stamps are still to be found. others: what else there is, by ending.
+    picture and caption. crowds: pictures whose stamps are still to be found. others: what else there is, by ending. dangling:
+    symbolic links that lead nowhere.
     """
 
     places: Sequence[Place]
@@ -82,6 +89,7 @@ class Listed:
     stamps_N4: NDArray[np.int64] = field(default_factory=lambda: np.empty((0, 4), np.int64))
     crowds: list[Crowd] = field(default_factory=list)
     others: Counter[bytes] = field(default_factory=Counter)
+    dangling: list[bytes] = field(default_factory=list)
 
 
 def walk(root: str, caption_extension: str | None, processes: int | None = None) -> tuple[pa.Table, Counter[bytes]]:
@@ -97,6 +105,10 @@ def walk(root: str, caption_extension: str | None, processes: int | None = None)
     except OSError as error:
         place = root if error.filename is None else os.fsdecode(error.filename)
         raise UserError(f"{place} cannot be listed ({error.strerror}). Make it readable.") from error
+    dangling = sorted(path for part in parts for path in part.dangling)
+    if dangling:
+        first = os.fsdecode(dangling[0])
+        log.warning("%d symbolic links lead nowhere and are passed over; the first: %s", len(dangling), first)
     return _in_order(parts, top[1]), sum((part.others for part in parts), Counter())
 
 
@@ -106,7 +118,7 @@ def list_folders(places: Sequence[Place], ending: bytes | None) -> Listed:
     names: list[bytes] = []
     stamps = array("q")
     for path, _ in places:
-        pictures, captions, subfolders = _names_in(path, ending, listed.others)
+        pictures, captions, subfolders = _names_in(path, ending, listed)
         if len(pictures) > CROWD:
             for first in range(0, len(pictures), CROWD):
                 files = list(_with_captions(pictures[first : first + CROWD], captions, ending))
@@ -126,7 +138,7 @@ def list_folders(places: Sequence[Place], ending: bytes | None) -> Listed:
     return listed
 
 
-def _names_in(path: bytes, ending: bytes | None, others: Counter[bytes]) -> tuple[list[bytes], set[bytes], list[Place]]:
+def _names_in(path: bytes, ending: bytes | None, listed: Listed) -> tuple[list[bytes], set[bytes], list[Place]]:
     """Return the names of pictures, sorted, those of captions, and the folders inside.
 
     This and what follows runs once for every file of the set, so it does little and keeps no more than names.
@@ -139,8 +151,14 @@ def _names_in(path: bytes, ending: bytes | None, others: Counter[bytes]) -> tupl
             name = entry.name
             if name[0] == HIDDEN:
                 continue
-            if not entry.is_file():
-                subfolders += _if_folder(entry)
+            try:
+                is_file = entry.is_file()
+            except OSError as error:
+                if error.errno != errno.ELOOP:
+                    raise
+                is_file = False
+            if not is_file:
+                subfolders += _if_folder(entry, listed.dangling)
                 continue
             _, dot, last = name.rpartition(b".")
             if dot and (last in PICTURE_ENDINGS or last.lower() in PICTURE_ENDINGS):
@@ -148,20 +166,26 @@ def _names_in(path: bytes, ending: bytes | None, others: Counter[bytes]) -> tupl
             elif ending is not None and name.endswith(ending):
                 captions.add(name)
             else:
-                others[dot + last.lower() if dot and last else b""] += 1
+                listed.others[dot + last.lower() if dot and last else b""] += 1
     if captions and ending is not None:
-        others[ending] += len(captions)
+        listed.others[ending] += len(captions)
     pictures.sort()
     return pictures, captions, subfolders
 
 
-def _if_folder(entry: os.DirEntry[bytes]) -> list[Place]:
+def _if_folder(entry: os.DirEntry[bytes], dangling: list[bytes]) -> list[Place]:
     """Return the name of a folder and which it is; nothing for what is none, or was deleted in the meantime."""
     try:
-        taken = entry.is_dir() and entry.name != IGNORED_FOLDER
-        return [(entry.name, _place(entry.path)[1])] if taken else []
+        if entry.is_dir():
+            return [] if entry.name == IGNORED_FOLDER else [(entry.name, _place(entry.path)[1])]
     except FileNotFoundError:
         return []
+    except OSError as error:
+        if error.errno != errno.ELOOP:  # a link to itself
+            raise
+    if entry.is_symlink():
+        dangling.append(entry.path)
+    return []
 
 
 def _with_captions(pictures: Sequence[bytes], captions: Set[bytes], ending: bytes | None) -> Iterator[bytes]:
@@ -314,3 +338,9 @@ def _pieces(
         done = first + before
     if done < stop:
         yield None, done, stop, prefix
+
+
+def hint_of(endings: Iterable[str]) -> str:
+    """Return what to set where a source holds nothing but files with such endings; empty where there is no advice."""
+    kinds = sorted({KINDS[ending] for ending in endings if ending in KINDS})
+    return "".join(f" For the pictures inside them set data.sources[].type: {kind}." for kind in kinds)
