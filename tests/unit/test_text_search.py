@@ -92,3 +92,8 @@ def test_pictures_that_take_no_part_are_not_refused():
 def test_rows_are_found_by_captions_and_by_tags():
     table = index_of([{"captions": ["x", "a cat"]}, {"tags": ["cats"]}, {}, {"captions": [], "tags": [None, "dog"]}])
     assert rows_with(table, partial(pc.match_substring, pattern="cat")).tolist() == [True, True, False, False]
+
+
+def test_without_emphasis_no_picture_is_looked_for(monkeypatch):
+    monkeypatch.setattr(checks, "rows_with", None)
+    refuse_huge_weights((CaptionRules(),), pictures_with([{"captions": ["(a:20)"]}]), np.arange(1))

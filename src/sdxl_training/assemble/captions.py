@@ -109,7 +109,8 @@ def refuse_huge_weights(rules: Sequence[CaptionRules], pictures: Pictures, plann
             except UserError as error:
                 raise UserError(f"data.captions.templates and data.sources.{number}.add_tags: {error}") from error
     bad: list[str] = []
-    for number in np.intersect1d(_maybe_huge(rules, pictures), planned).tolist():
+    maybe = _maybe_huge(rules, pictures)
+    for number in maybe[np.isin(maybe, planned)].tolist() if len(maybe) else ():
         record = pictures[number]
         try:
             for caption in whole_captions(record.captions, rules[record.source], record.tags):
