@@ -77,8 +77,8 @@ class Listed:
     """Some folders as they were listed; their pictures follow each other.
 
     counts: pictures of each folder. names: all together, without folders, of these lengths. stamps_N4: size and time of
-    picture and caption. crowds: pictures whose stamps are still to be found. others: what else there is, by ending. dangling:
-    symbolic links that lead nowhere.
+    picture and caption. crowds: pictures whose stamps are still to be found. others: what else there is, by ending.
+    dangling: symbolic links that lead nowhere.
     """
 
     places: Sequence[Place]
@@ -107,7 +107,7 @@ def walk(root: str, caption_extension: str | None, processes: int | None = None)
         raise UserError(f"{place} cannot be listed ({error.strerror}). Make it readable.") from error
     dangling = sorted(path for part in parts for path in part.dangling)
     if dangling:
-        first = os.fsdecode(dangling[0])
+        first = dangling[0].decode(errors="backslashreplace")
         log.warning("%d symbolic links lead nowhere and are passed over; the first: %s", len(dangling), first)
     return _in_order(parts, top[1]), sum((part.others for part in parts), Counter())
 
