@@ -76,6 +76,24 @@ def stage_bare_walk(root: Path, cache: Path) -> dict[str, float]:
         return {"pictures": sum(pool.map(read_headers, folders, chunksize=4))}
 
 
+def stat_files(folder: str) -> int:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        names = os.listdir(descriptor)
+        for name in names:
+            os.stat(name, dir_fd=descriptor)
+    finally:
+        os.close(descriptor)
+    return len(names) // 2  # each picture has a caption
+
+
+def stage_bare_listing(root: Path, cache: Path) -> dict[str, float]:
+    """What sizes and times of all files cost by themselves: without these no start knows what has changed."""
+    folders = [entry.path for entry in os.scandir(root)]
+    with ProcessPoolExecutor() as pool:
+        return {"pictures": sum(pool.map(stat_files, folders, chunksize=4))}
+
+
 def config_of(root: Path, cache: Path):
     from sdxl_training.config.schema import Config
 
@@ -186,6 +204,7 @@ def stage_first_update(root: Path, cache: Path) -> dict[str, float]:
 STAGES: dict[str, Callable[[Path, Path], dict[str, float]]] = {
     "bare walk": stage_bare_walk,
     "first index": stage_index,
+    "bare listing": stage_bare_listing,
     "second start": stage_start,
     "crops": stage_crops,
     "first update": stage_first_update,
@@ -255,6 +274,11 @@ def report(results: dict[int, dict[str, dict[str, float]]]) -> str:
     )
     row("first index / bare walk", lambda r: f"{r['first index']['seconds'] / r['bare walk']['seconds']:.2f}")
     row("second start: list, compare, plan, s", lambda r: f"{r['second start']['find and plan, s']:.2f}", "5 s")
+    row("bare listing: size and time of each file, s", lambda r: f"{r['bare listing']['seconds']:.2f}")
+    row(
+        "second start / bare listing",
+        lambda r: f"{r['second start']['find and plan, s'] / r['bare listing']['seconds']:.2f}",
+    )
     row("open the schedule, s", lambda r: f"{r['second start']['open the schedule, s']:.3f}")
     row("order of an epoch, s", lambda r: f"{r['second start']['order of an epoch, s']:.3f}", "1 s")
     row("seek to the middle of epoch 1000, s", lambda r: f"{r['second start']['seek to epoch 1000, s']:.4f}", "at once")
