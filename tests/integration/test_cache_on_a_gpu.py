@@ -126,3 +126,12 @@ def test_cache_makes_do_with_little_memory_or_says_that_it_cannot(
     else:
         with pytest.raises(UserError, match="even alone and in tiles"):
             caching.cache(configured(trainer, "ahead"), verify=False)
+
+
+def test_cache_says_that_there_is_no_room_for_the_vae_itself(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(*_: object) -> AutoencoderKL:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 320.00 MiB.\nMore lines.")
+
+    monkeypatch.setattr(caching, "load_vae", load)
+    with pytest.raises(UserError, match=r"320\.00 MiB\.\)\. End other programs there, .* is kept\.$"):
+        caching.cache(configured(trainer, "ahead"), verify=False)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 
+import torch
 from rich.console import Console
 
 from sdxl_training.assemble.captions import build_tokenizer, check_captions
@@ -28,6 +30,19 @@ from sdxl_training.records import UserError
 from sdxl_training.tracking.progress import ConsoleProgress, Progress, SilentProgress, open_log
 
 
+@contextmanager
+def _in_a_full_memory() -> Iterator[None]:
+    """Say in a sentence that the device has no room for the models themselves; raises UserError."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"the GPU's memory is full ({str(error).splitlines()[0]}). End other programs there, or set "
+            "global_config.device: cpu; what was encoded before is kept."
+        ) from error
+
+
+@_in_a_full_memory()
 def cache(loaded: LoadedConfig, verify: bool) -> None:
     """Encode every picture of the configuration that the cache lacks, and where text states are kept every caption.
 
