@@ -203,8 +203,7 @@ class DaliPreparer:
         return f"{sentence}: {reasons}" if reasons else sentence
 
     def close(self) -> None:
-        """Give DALI's memory and all threads back, and log how many pictures fell through."""
-        log.info(self.describe())
+        """Give DALI's memory and all threads back."""
         self._decode = _closed
         self._twin.close()
 
