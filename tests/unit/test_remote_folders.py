@@ -71,6 +71,13 @@ def test_what_is_gone_is_an_unreadable_picture_and_a_row_with_a_reason(folder: P
         source.read("latin.png", 0, 10)
 
 
+def test_a_name_that_fsspec_would_cut_is_not_read_as_another(folder: Path) -> None:
+    fsspec.filesystem("memory").pipe("/pictures/set/x::file:y.png", (folder / "latin.png").read_bytes())
+    source = AddressSource(ROOT)
+    row = next(row for row in source.look(source.list_files()).to_pylist() if b"::" in row["file"])
+    assert row["reason"] == 'it cannot be read: names with "::" are not read'
+
+
 def test_places_without_pictures_are_refused(folder: Path) -> None:
     with pytest.raises(UserError):
         AddressSource("memory://nowhere").list_files()

@@ -23,15 +23,13 @@ from functools import partial
 from itertools import chain, product
 from math import prod
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, TypeVar, cast
+from typing import Any, BinaryIO, NamedTuple, TypeVar, cast
 
 from fsspec.core import url_to_fs  # type: ignore[import-untyped, unused-ignore]
 
+from sdxl_training.data.range_file import RangeFile
 from sdxl_training.data.walk import IGNORED_FOLDER, hint_of
 from sdxl_training.records import UserError
-
-if TYPE_CHECKING:
-    from _typeshed import WriteableBuffer
 
 RETRY_SECONDS = (0.5, 2.0, 5.0)
 EXAMPLES = 5
@@ -162,32 +160,6 @@ def open_seekable(address: str, chunk: int = CHUNK) -> BinaryIO:
     return io.BufferedReader(RangeFile(partial(read_range, address), size), chunk)
 
 
-class RangeFile(io.RawIOBase):
-    """A file for reading whose bytes are fetched by (start, length); wrap it in io.BufferedReader."""
-
-    def __init__(self, fetch: Callable[[int, int], bytes], size: int):
-        self._fetch = fetch
-        self._size = size
-        self._at = 0
-
-    def readable(self) -> bool:  # noqa: D102
-        return True
-
-    def seekable(self) -> bool:  # noqa: D102
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:  # noqa: D102
-        self._at = offset + (0, self._at, self._size)[whence]
-        return self._at
-
-    def readinto(self, buffer: WriteableBuffer) -> int:  # noqa: D102
-        view = memoryview(buffer).cast("B")
-        data = self._fetch(self._at, max(0, min(len(view), self._size - self._at)))
-        view[: len(data)] = data
-        self._at += len(data)
-        return len(data)
-
-
 # Places
 
 
@@ -315,6 +287,8 @@ def _below_address(folder: str, depth: int | None) -> Iterator[Found]:
 def _file_system(address: str) -> tuple[Any, str]:
     """Return this process's file system for an address, and the address as that one spells it."""
     scheme = address.partition("://")[0]
+    if "::" in address:  # fsspec would cut it there, and read another file
+        raise PermissionError(errno.EPERM, 'names with "::" are not read')
     try:
         return cast("tuple[Any, str]", url_to_fs(address))
     except ImportError as error:

@@ -19,7 +19,8 @@ import pyarrow as pa
 from sdxl_training.data.decoding import PictureHeader, UnreadablePicture, read_header
 from sdxl_training.data.listing import FILES, PICTURES, pictures_of
 from sdxl_training.data.quick_headers import AT_FIRST, parse_start
-from sdxl_training.data.remote import RangeFile, base_of, list_files, open_seekable, read_range, shown
+from sdxl_training.data.range_file import RangeFile
+from sdxl_training.data.remote import base_of, list_files, open_seekable, read_range, shown
 from sdxl_training.data.sidecars import read_caption_file
 from sdxl_training.data.walk import EXTENSIONS, IGNORED_FOLDER
 from sdxl_training.records import UserError
