@@ -225,7 +225,6 @@ TABLE, COLUMNS = "table: names.csv", "columns: {captions: [text]}"
         (f"path: x, type: tar, {TABLE}", "table", "with type: tar delete this line"),
         (f"path: x.tar, type: folder, {COLUMNS}", "columns", "no effect with type: folder and no table"),
         (f"path: x, {COLUMNS}", "columns", "and no table"),
-        (f"path: s3://bucket/pictures, {TABLE}", "table", "a local folder; at an address use tars or Parquet files"),
     ],
 )
 def test_settings_of_a_source_take_effect(tmp_path, source, place, words):
@@ -236,7 +235,13 @@ def test_settings_of_a_source_take_effect(tmp_path, source, place, words):
 
 
 @pytest.mark.parametrize(
-    "source", [f"path: x.parquet, {COLUMNS}", f"path: x, {TABLE}, {COLUMNS}", f"path: x.tar, type: folder, {TABLE}"]
+    "source",
+    [
+        f"path: x.parquet, {COLUMNS}",
+        f"path: x, {TABLE}, {COLUMNS}",
+        f"path: x.tar, type: folder, {TABLE}",
+        f"path: 's3://bucket/pictures', {TABLE}, {COLUMNS}",
+    ],
 )
 def test_tables_and_columns_where_they_belong(tmp_path, source):
     (tmp_path / "my.yaml").write_text(f"data: {{sources: [{{{source}}}]}}\n", encoding="utf-8")

@@ -76,11 +76,12 @@ def open_source(described: Source, config: Config) -> PictureSource:
         return TarSource(described.path, extension)
     if kind == "parquet":
         return ParquetSource(described.path, columns.image, columns.captions or None, columns.tags)
+    folder = (AddressSource if is_address(described.path) else FolderSource)(described.path, extension)
     if described.table is not None:
-        return TableSource(described.path, described.table, columns.image, columns.captions, columns.tags)
+        return TableSource(folder, described.table, columns.image, columns.captions, columns.tags)
     if columns.image or columns.captions or columns.tags:
         raise UserError("this is a folder of pictures, which has no columns. Name its table, or take columns out.")
-    return (AddressSource if is_address(described.path) else FolderSource)(described.path, extension)
+    return folder
 
 
 def session_name() -> str:

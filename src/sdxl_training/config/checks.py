@@ -181,7 +181,7 @@ def texts_are_encoded_first(config: Config) -> Iterator[Finding]:
 
 
 def source_settings_take_effect(config: Config) -> Iterator[Finding]:
-    """Columns are a table's; a table names the pictures of a local folder."""
+    """Columns are a table's; a table names the pictures of a folder."""
     for number, source in enumerate(config.data.sources):
         columns, place, kind = source.columns, f"data.sources.{number}", source_kind(source)
         others = (f"{place}.type", f"{place}.path")
@@ -190,9 +190,6 @@ def source_settings_take_effect(config: Config) -> Iterator[Finding]:
             yield Finding(f"{place}.columns", f"has no effect with {is_kind} and no table", others)
         if source.table is not None and kind != "folder":
             yield Finding(f"{place}.table", f"names the pictures of a folder; with {is_kind} delete this line", others)
-        elif source.table is not None and "://" in source.path:
-            text = "names the pictures of a local folder; at an address use tars or Parquet files, or delete this line"
-            yield Finding(f"{place}.table", text, others)
 
 
 def followed_losses_are_there(config: Config) -> Iterator[Finding]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from sdxl_training.data.walk import EXTENSIONS, hint_of, walk
 from sdxl_training.records import UserError
 
 EXAMPLES = 5
+ABSENT = -1  # size and time of a file that is not there
 NO_SIDECAR = Sidecar()
 
 Look = tuple[PictureHeader | None, Sidecar, str | None]
@@ -54,15 +56,24 @@ class FolderSource:
             raise UserError(f"{_found_instead(others)} Pictures end in {', '.join(sorted(EXTENSIONS))}.")
         return files
 
+    def list_all(self) -> pa.Table:
+        """Return the pictures there are now, schema FILES, without captions. Raises UserError where it is none."""
+        return list_folder(self.root, None, self.processes)[0]
+
+    def stamps(self, names: Sequence[bytes]) -> list[tuple[int, int]]:
+        """Return size and time of files that need not be pictures; ABSENT where there is none."""
+        return [_stamps_of(self.base + os.fsdecode(name)) for name in names]
+
     def look(self, files: pa.Table) -> pa.Table:
         """Return what headers and caption files say, schema PICTURES; a row a file."""
-        root, ending = absolute(self.root), self._ending
+        return pictures_of_looks(files, self.looks(files))
+
+    def looks(self, files: pa.Table) -> Iterator[Look]:
+        """Yield what a look at each of these files told."""
+        base, ending = self.base, self._ending
         names, caption_sizes = (files[column].to_pylist() for column in ("file", "caption_bytes"))
-        looks = (
-            look_with(f"{root}/{os.fsdecode(name)}", ending, caption_size)
-            for name, caption_size in zip(names, caption_sizes, strict=True)
-        )
-        return pictures_of_looks(files, looks)
+        for name, caption_size in zip(names, caption_sizes, strict=True):
+            yield look_with(base + os.fsdecode(name), ending, caption_size)
 
     def read(self, file: str, start: int, length: int) -> bytes:
         """Return a picture's bytes. Raises UnreadablePicture where the file is gone or no longer has its length."""
@@ -70,7 +81,12 @@ class FolderSource:
 
     def path(self, name: str) -> str:
         """Return the path of a picture."""
-        return f"{absolute(self.root)}/{name}"
+        return self.base + name
+
+    @property
+    def base(self) -> str:
+        """What names are relative to; it ends in "/"."""
+        return f"{absolute(self.root).rstrip('/')}/"
 
     @property
     def _ending(self) -> str:
@@ -141,6 +157,14 @@ def read_whole(path: str, length: int) -> bytes:
             f"it has {len(data)} bytes now and had {length} when it was listed; start anew to train what it is now",
         )
     return data
+
+
+def _stamps_of(path: str) -> tuple[int, int]:
+    try:
+        status = Path(path).stat()
+    except OSError:
+        return ABSENT, ABSENT
+    return (status.st_size, status.st_mtime_ns) if stat.S_ISREG(status.st_mode) else (ABSENT, ABSENT)
 
 
 def _read_caption(path: str, size: int) -> bytes:

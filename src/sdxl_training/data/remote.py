@@ -13,6 +13,7 @@ import hashlib
 import io
 import os
 import re
+import stat
 import sys
 import time
 from collections import Counter
@@ -135,6 +136,19 @@ def list_files(root: str, suffixes: Sequence[str] = (), serving: Sequence[str] =
     return [found[name] for name in sorted(found)]
 
 
+def stamps_of(place: str) -> tuple[int, int] | None:
+    """Return size and mtime_ns, as in `ListedFile`, of the file at a path or an address; None where it is a folder.
+
+    Raises OSError where it is missing or cannot be asked for, UserError for an address of a kind that is not read.
+    """
+    place = _absolute(place)
+    if is_address(place):
+        info = _patiently(lambda: _info(place))
+        return None if info["type"] == "directory" else (_size(info), _changed(info))
+    status = Path(place).stat()
+    return None if stat.S_ISDIR(status.st_mode) else (status.st_size, status.st_mtime_ns)
+
+
 def read_range(address: str, start: int, length: int) -> bytes:
     """Return `length` bytes from `start` of the file at a path or an address.
 
@@ -222,17 +236,12 @@ def _files_at(place: str) -> Iterator[Found]:
         matches = re.compile(_as_regex(pattern), re.DOTALL).fullmatch
         depth = None if "**" in pattern else pattern.count("/") + 1
         yield from (file for file in _below(folder, depth) if matches(file[0][len(folder) :]))
-    elif is_address(place):
-        info = _patiently(lambda: _info(place))
-        if info["type"] == "directory":
-            yield from _below(_as_folder(place), None)
-        else:
-            yield place, _size(info), _changed(info)
-    elif Path(place).is_dir():
+        return
+    stamps = stamps_of(place)
+    if stamps is None:
         yield from _below(_as_folder(place), None)
     else:
-        stat = Path(place).stat()
-        yield place, stat.st_size, stat.st_mtime_ns
+        yield place, *stamps
 
 
 def _as_folder(place: str) -> str:
@@ -251,10 +260,10 @@ def _below(folder: str, depth: int | None) -> Iterator[Found]:
 
 def _below_path(folder: str, depth: int | None, seen: set[tuple[int, int]]) -> Iterator[Found]:
     """Linked folders are followed, each folder once."""
-    stat = Path(folder).stat()
-    if (stat.st_dev, stat.st_ino) in seen:
+    status = Path(folder).stat()
+    if (status.st_dev, status.st_ino) in seen:
         return
-    seen.add((stat.st_dev, stat.st_ino))
+    seen.add((status.st_dev, status.st_ino))
     with os.scandir(folder) as entries:
         visible = [entry for entry in entries if not HIDDEN.match(entry.name)]
     for entry in sorted(visible, key=lambda entry: entry.name):

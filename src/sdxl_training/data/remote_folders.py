@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -12,11 +13,11 @@ from pathlib import PurePosixPath
 import pyarrow as pa
 
 from sdxl_training.data.decoding import read_header
-from sdxl_training.data.folders import NO_SIDECAR, Look, pictures_of_looks
+from sdxl_training.data.folders import ABSENT, NO_SIDECAR, Look, pictures_of_looks
 from sdxl_training.data.images import PictureHeader, UnreadablePicture
 from sdxl_training.data.listing import FILES
 from sdxl_training.data.quick_headers import AT_FIRST, parse_start
-from sdxl_training.data.remote import base_of, list_files, open_seekable, read_range, shown
+from sdxl_training.data.remote import ListedFile, base_of, list_files, open_seekable, read_range, shown, stamps_of
 from sdxl_training.data.sidecars import read_caption_file
 from sdxl_training.data.walk import EXTENSIONS
 from sdxl_training.records import UserError
@@ -45,20 +46,26 @@ class AddressSource:
         pictures = [file for file in listed.values() if _ending_of(file.name) in EXTENSIONS]
         if not pictures:
             raise UserError(f"there is no picture. Pictures end in {', '.join(sorted(EXTENSIONS))}.")
-        captions = [listed.get(self._caption_of(file.name)) for file in pictures]
-        columns = {
-            "file": [file.name for file in pictures],
-            "bytes": [file.size for file in pictures],
-            "mtime_ns": [file.mtime_ns for file in pictures],
-            "caption_bytes": [caption.size if caption else -1 for caption in captions],
-            "caption_mtime_ns": [caption.mtime_ns if caption else -1 for caption in captions],
-        }
-        return pa.table(columns, schema=FILES).sort_by("file").combine_chunks()
+        return _as_table(pictures, [listed.get(self._caption_of(file.name)) for file in pictures])
+
+    def list_all(self) -> pa.Table:
+        """Return all files there are, schema FILES, as if without captions. Raises UserError where there is none."""
+        files = list_files(self._root)
+        return _as_table(files, [None] * len(files))
+
+    def stamps(self, names: Sequence[bytes]) -> list[tuple[int, int]]:
+        """Return size and time of files that a listing may lack, as hidden ones; ABSENT where there is none."""
+        with ThreadPoolExecutor(THREADS) as threads:
+            return list(threads.map(self._stamps, names))
 
     def look(self, files: pa.Table) -> pa.Table:
         """Return what headers and caption files say, schema PICTURES; a row a file."""
+        return pictures_of_looks(files, self.looks(files))
+
+    def looks(self, files: pa.Table) -> Iterable[Look]:
+        """Return what a look at each of these files told."""
         with ThreadPoolExecutor(THREADS) as threads:
-            return pictures_of_looks(files, list(threads.map(self._look, files.to_pylist())))
+            return list(threads.map(self._look, files.to_pylist()))
 
     def read(self, file: str, start: int, length: int) -> bytes:
         """Return a picture's bytes. Raises UnreadablePicture where they cannot be had."""
@@ -72,6 +79,11 @@ class AddressSource:
         return shown(self._place(os.fsencode(name)))
 
     @property
+    def base(self) -> str:
+        """What names are relative to; it ends in "/"."""
+        return base_of(self._root)
+
+    @property
     def _root(self) -> str:
         return self.address.rstrip("/") + "/"
 
@@ -83,7 +95,13 @@ class AddressSource:
         return name[: name.rindex(b".")] + os.fsencode(self._ending)
 
     def _place(self, name: bytes) -> str:
-        return base_of(self._root) + os.fsdecode(name)
+        return self.base + os.fsdecode(name)
+
+    def _stamps(self, name: bytes) -> tuple[int, int]:
+        try:
+            return stamps_of(self._place(name)) or (ABSENT, ABSENT)
+        except (OSError, UserError):  # a look at it says why
+            return ABSENT, ABSENT
 
     def _look(self, file: Mapping[str, bytes | int]) -> Look:
         name, size, caption_size = file["file"], file["bytes"], file["caption_bytes"]
@@ -98,18 +116,32 @@ class AddressSource:
             return header, read_caption_file(data, os.fsdecode(caption).rpartition("/")[2]), None
         except UnreadablePicture as error:
             return None, NO_SIDECAR, error.reason
+        except FileNotFoundError:  # services have their own words for it
+            return None, NO_SIDECAR, f"it cannot be read: {os.strerror(errno.ENOENT)}"
         except OSError as error:
             return None, NO_SIDECAR, f"it cannot be read: {error.strerror or error}"
         except ValueError as error:
             return None, NO_SIDECAR, str(error)
 
     def _header(self, name: bytes, size: int) -> PictureHeader:
-        start = read_range(self._place(name), 0, min(AT_FIRST, size))
+        start = b"" if size < 0 else read_range(self._place(name), 0, min(AT_FIRST, size))
         header = parse_start(start)
         if header is not None:
             return header
         with open_seekable(self._place(name)) as opened:
             return read_header(opened, self.path(os.fsdecode(name)))
+
+
+def _as_table(files: Sequence[ListedFile], captions: Sequence[ListedFile | None]) -> pa.Table:
+    """Return files and the captions that belong to them, schema FILES."""
+    columns = {
+        "file": [file.name for file in files],
+        "bytes": [file.size for file in files],
+        "mtime_ns": [file.mtime_ns for file in files],
+        "caption_bytes": [caption.size if caption else ABSENT for caption in captions],
+        "caption_mtime_ns": [caption.mtime_ns if caption else ABSENT for caption in captions],
+    }
+    return pa.table(columns, schema=FILES).sort_by("file").combine_chunks()
 
 
 def _ending_of(name: bytes) -> str:

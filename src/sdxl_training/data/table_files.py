@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -16,6 +19,7 @@ import pyarrow.json
 import pyarrow.parquet as pq
 
 from sdxl_training.data.listing import COLUMNS_SETTING
+from sdxl_training.data.remote import is_address, read_range
 from sdxl_training.records import UserError
 
 ENDINGS = (".jsonl", ".csv", ".tsv", ".parquet")
@@ -26,6 +30,7 @@ FIRST_LINES = 1000  # of JSON lines, that are asked for names of columns
 EXAMPLES = 10
 
 Chooser = Callable[[Sequence[str]], "Columns"]
+Opener = Callable[[], BinaryIO]
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,28 +79,32 @@ def _the_usual(there: Sequence[str], usual: Sequence[str], what: str, setting: s
     return found[0] if found else None
 
 
-def read_table(path: Path, picture: str | None, captions: Sequence[str], tags: str | None) -> tuple[pa.Table, Columns]:
+def read_table(
+    address: str, size: int, picture: str | None, captions: Sequence[str], tags: str | None
+) -> tuple[pa.Table, Columns]:
     """Return the columns of a table that tell of pictures, and which is which.
 
-    Each is large_string or a list of large_string; that of the pictures is large_string without nulls. Raises UserError
-    for what cannot be read, with its line or row where that is known.
+    size: that of the file, in bytes. Each column is large_string or a list of large_string; that of the pictures is
+    large_string without nulls. Raises OSError where the file cannot be read, UserError for what it says, with the line
+    or row where that is known.
     """
-    readers = {".jsonl": _read_jsonl, ".csv": _read_csv, ".tsv": _read_csv, ".parquet": _read_parquet}
-    reader = readers.get(path.suffix.lower())
+    readers: dict[str, Callable[[Opener, Chooser], pa.Table]] = {
+        ".jsonl": _read_jsonl,
+        ".csv": partial(_read_csv, ","),
+        ".tsv": partial(_read_csv, "\t"),
+        ".parquet": _read_parquet,
+    }
+    ending = PurePosixPath(address).suffix
+    reader = readers.get(ending.lower())
     if reader is None:
-        raise UserError(f"its name ends in {path.suffix or 'nothing'}; tables end in {_listed(ENDINGS)}. Convert it.")
-    if not path.is_file():
-        raise UserError("there is no such file. Correct the table's path.")
+        raise UserError(f"its name ends in {ending or 'nothing'}; tables end in {_listed(ENDINGS)}. Convert it.")
     chosen: list[Columns] = []
 
     def choose(there: Sequence[str]) -> Columns:
         chosen.append(choose_columns(there, picture, captions, tags))
         return chosen[-1]
 
-    try:
-        table = reader(path, choose)
-    except OSError as error:
-        raise UserError(f"it cannot be read ({error.strerror or error}). Make it readable.") from error
+    table = reader(_opener(address, size), choose)
     columns = chosen[-1]
     if not table.num_rows:
         raise UserError("it has no rows. Add one for each picture.")
@@ -104,6 +113,14 @@ def read_table(path: Path, picture: str | None, captions: Sequence[str], tags: s
         row = pc.index(arrays[columns.picture].is_null(), True).as_py() + 1
         raise UserError(f"row {row} names no picture: {columns.picture} is empty. Name it, or remove the row.")
     return pa.table(arrays).combine_chunks(), columns
+
+
+def _opener(address: str, size: int) -> Opener:
+    """Return what opens a table as often as its reader likes; from an address it is fetched once."""
+    if not is_address(address):
+        return lambda: Path(address).open("rb")
+    data = read_range(address, 0, size)
+    return lambda: io.BytesIO(data)
 
 
 def _as_text(column: pa.ChunkedArray, name: str, is_name: bool) -> pa.ChunkedArray:
@@ -122,28 +139,27 @@ def _as_text(column: pa.ChunkedArray, name: str, is_name: bool) -> pa.ChunkedArr
 # JSON lines
 
 
-def _read_jsonl(path: Path, choose: Chooser) -> pa.Table:
-    with path.open("rb") as file:
+def _read_jsonl(open_file: Opener, choose: Chooser) -> pa.Table:
+    with open_file() as file:
         first = [_object(line, number) for number, line in enumerate(islice(file, FIRST_LINES), 1) if line.strip()]
     columns = choose(list(dict.fromkeys(key for row in first for key in row)))
     names = list(dict.fromkeys(columns.names))
+    options = pyarrow.json.ParseOptions(
+        pa.schema([(name, pa.string()) for name in names]), unexpected_field_behavior="ignore"
+    )
     try:
-        table = pyarrow.json.read_json(
-            path,
-            parse_options=pyarrow.json.ParseOptions(
-                pa.schema([(name, pa.string()) for name in names]), unexpected_field_behavior="ignore"
-            ),
-        )
+        with open_file() as file:
+            table = pyarrow.json.read_json(file, parse_options=options)
         table.validate(full=True)
         return table.select(names)
     except (pa.ArrowException, KeyError):  # lists of captions, or something wrong: which, and in which line?
-        return _read_lines(path, names, columns.picture)
+        return _read_lines(open_file, names, columns.picture)
 
 
-def _read_lines(path: Path, names: Sequence[str], picture: str) -> pa.Table:
+def _read_lines(open_file: Opener, names: Sequence[str], picture: str) -> pa.Table:
     """Return these columns, those that are not the picture's as lists. Raises UserError with the line."""
     values: dict[str, list[object]] = {name: [] for name in names}
-    with path.open("rb") as file:
+    with open_file() as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
@@ -185,37 +201,38 @@ def _object(line: bytes, number: int) -> dict[str, object]:
 # CSV and Parquet
 
 
-def _read_csv(path: Path, choose: Chooser) -> pa.Table:
+def _read_csv(delimiter: str, open_file: Opener, choose: Chooser) -> pa.Table:
     """Read a table whose first row names the columns. An empty cell holds nothing, unless it is in quotes."""
-    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
+        with io.TextIOWrapper(open_file(), newline="", encoding="utf-8-sig") as file:
             there = next(csv.reader(file, delimiter=delimiter), [])
     except UnicodeDecodeError as error:
         raise UserError(f"it is not UTF-8 text (byte {error.start}). Save it as UTF-8.") from error
     except csv.Error as error:
         raise UserError(f"its first row cannot be read ({error}). It names the columns; correct it.") from error
     names = list(dict.fromkeys(choose(there).names))
+    convert = pyarrow.csv.ConvertOptions(
+        include_columns=names,
+        column_types=dict.fromkeys(names, pa.string()),
+        strings_can_be_null=True,
+        quoted_strings_can_be_null=False,
+        null_values=[""],
+    )
     try:
-        return pyarrow.csv.read_csv(
-            path,
-            pyarrow.csv.ReadOptions(use_threads=False),  # with threads, errors do not name the row
-            pyarrow.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
-            pyarrow.csv.ConvertOptions(
-                include_columns=names,
-                column_types=dict.fromkeys(names, pa.string()),
-                strings_can_be_null=True,
-                quoted_strings_can_be_null=False,
-                null_values=[""],
-            ),
-        )
+        with open_file() as file:
+            return pyarrow.csv.read_csv(
+                file,
+                pyarrow.csv.ReadOptions(use_threads=False),  # with threads, errors do not name the row
+                pyarrow.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
+                convert,
+            )
     except (pa.ArrowException, KeyError) as error:
         raise UserError(f"it cannot be read: {error}. Correct it, and save it as UTF-8.") from error
 
 
-def _read_parquet(path: Path, choose: Chooser) -> pa.Table:
+def _read_parquet(open_file: Opener, choose: Chooser) -> pa.Table:
     try:
-        with pq.ParquetFile(path) as file:
+        with open_file() as source, pq.ParquetFile(source) as file:
             return file.read(list(dict.fromkeys(choose(file.schema_arrow.names).names)))
     except pa.ArrowException as error:
         raise UserError(f"it cannot be read: {error}. Write it anew.") from error
