@@ -2,8 +2,8 @@
 
     python benchmarks/tag_weighting_on_miniature.py --work runs/tag_weighting    # an hour; goes on where it was
 
-Draws a set of 960 pictures in which one object colour (cyan) and one shape (triangle) are on 1 % of the pictures
-each, trains the miniature on it with every row of ROWS and every seed, everything else equal, and reads back from the
+Draws a set of 960 pictures in which one object colour (cyan) and one shape (triangle) are on 12 pictures each (1.25 %),
+trains the miniature on it with every row of ROWS and every seed, everything else equal, and reads back from the
 pixels how often a drawn picture has the colour and the shape of its caption: for captions with the rare colour, with
 the rare shape, and with common ones only. Writes a Markdown table and a plot.
 """
@@ -15,6 +15,7 @@ import json
 import os
 import platform
 import random
+import shutil
 import statistics
 import subprocess
 import sys
@@ -26,8 +27,9 @@ from pathlib import Path
 from sdxl_training.data.demo_set import PALETTE, SHAPES, PictureSpec, draw_picture
 
 ROOT = Path(__file__).parents[1]
-RARE_COLOUR, RARE_SHAPE, RARE_SHARE = "cyan", "triangle", 0.01
+RARE_COLOUR, RARE_SHAPE, RARE = "cyan", "triangle", 12
 PICTURES = 960
+PROMPTS = 40  # of each group; where there are fewer captions each is drawn several times, from other noise
 COLOURS = [colour for colour in PALETTE if colour != RARE_COLOUR]
 COMMON_SHAPES = [shape for shape in SHAPES if shape != RARE_SHAPE]
 CATEGORIES = {
@@ -53,17 +55,19 @@ def write_pictures(folder: Path) -> None:
         return
     from PIL import Image
 
-    choose = random.Random("tag weighting 1")
-    folder.mkdir(parents=True)
+    choose = random.Random("tag weighting 2")
+    unfinished = folder.with_suffix(".unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
     for number in range(PICTURES):
-        rare = choose.random()
-        colour = RARE_COLOUR if rare < RARE_SHARE else choose.choice(COLOURS)
-        shape = RARE_SHAPE if RARE_SHARE <= rare < 2 * RARE_SHARE else choose.choice(COMMON_SHAPES)
+        colour = RARE_COLOUR if number < RARE else choose.choice(COLOURS)
+        shape = RARE_SHAPE if RARE <= number < 2 * RARE else choose.choice(COMMON_SHAPES)
         background = choose.choice([other for other in COLOURS if other != colour])
         offset = (choose.uniform(-0.03, 0.03), choose.uniform(-0.03, 0.03))
         spec = PictureSpec(colour, shape, background, radius=choose.uniform(0.34, 0.38), offset_yx=offset)
-        Image.fromarray(draw_picture(spec, (64, 64))).save(folder / f"{number:04d}.png")
-        (folder / f"{number:04d}.txt").write_text(caption(colour, shape, background), encoding="utf-8")
+        Image.fromarray(draw_picture(spec, (64, 64))).save(unfinished / f"{number:04d}.png")
+        (unfinished / f"{number:04d}.txt").write_text(caption(colour, shape, background), encoding="utf-8")
+    unfinished.rename(folder)
 
 
 def caption(colour: str, shape: str, background: str) -> str:
@@ -82,20 +86,20 @@ def prompts(group: str) -> list[tuple[str, tuple[str, str, str]]]:
         for background in COLOURS
         if background != colour
     ]
-    repeats = -(-40 // len(wanted))
-    return [(caption(c, s, b), (c, b, s)) for c, b, s in (wanted * repeats)[:40]]
+    repeats = -(-PROMPTS // len(wanted))
+    return [(caption(c, s, b), (c, b, s)) for c, b, s in (wanted * repeats)[:PROMPTS]]
 
 
-def run_name(row: str, seed: int) -> str:
+def run_name(row: str, seed: int, steps: int) -> str:
     """Return the folder name of a run."""
-    return "".join(letter if letter.isalnum() else "_" for letter in row) + f"_seed{seed}"
+    return "".join(letter if letter.isalnum() else "_" for letter in row) + f"_seed{seed}_steps{steps}"
 
 
 def train(work: Path, row: str, seed: int, steps: int) -> None:
     """Train one row with one seed; a finished run is left as it is."""
     settings = {
         "global_config.output_dir": work,
-        "global_config.run_name": run_name(row, seed),
+        "global_config.run_name": run_name(row, seed, steps),
         "global_config.seed": seed,
         "global_config.previews.every_steps": 0,
         "global_config.checkpoints": f"{{every_steps: {steps}, keep_last: 1}}",
@@ -113,9 +117,9 @@ def train(work: Path, row: str, seed: int, steps: int) -> None:
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
-def score(work: Path, row: str, seed: int) -> dict[str, float]:
+def score(work: Path, row: str, seed: int, steps: int) -> dict[str, float]:
     """Return one run's accuracies; kept beside the run."""
-    run = work / run_name(row, seed)
+    run = work / run_name(row, seed, steps)
     kept = run / "scores.json"
     if not kept.exists():
         command = [sys.executable, __file__, "--work", str(work), "--score", str(run)]
@@ -189,7 +193,7 @@ def plot(results: dict[str, list[dict[str, float]]], to: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
@@ -203,7 +207,7 @@ def main() -> None:
 
     def both(task: tuple[str, int]) -> tuple[str, int, dict[str, float]]:
         train(arguments.work, *task, arguments.steps)
-        return (*task, score(arguments.work, *task))
+        return (*task, score(arguments.work, *task, arguments.steps))
 
     tasks = [(row, seed) for seed in arguments.seeds for row in arguments.rows]
     results: dict[str, list[dict[str, float]]] = {row: [] for row in arguments.rows}
