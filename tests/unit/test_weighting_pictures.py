@@ -92,7 +92,7 @@ def test_figures():
 # --- weights of a run ------------------------------------------------------------------------------------------------
 
 LISTS = lists_of([["common"], ["common"], ["common", "rare"], ["rare"]])
-STATIC_K = np.array([-0.2, 0.4])
+STATIC_P = LISTS.spread(np.array([-0.2, 0.4]))
 SHARE_P = np.array([3.0, 1.0, 1.0, 1.0])
 WIDE = Bounds(1e-3, 1e3)
 
@@ -118,7 +118,7 @@ def ratio(weights: PictureWeights) -> float:
 
 def test_a_weight_is_the_picture_s_and_not_its_company_s():
     """Divided by the mean of its batch, a picture alone would always weigh 1."""
-    weights = PictureWeights(LISTS, SHARE_P, STATIC_K, WIDE)
+    weights = PictureWeights(LISTS, SHARE_P, STATIC_P, WIDE)
     alone = torch.cat([weights.of([picture]) for picture in (3, 0, 3, 2)])
     assert torch.equal(weights.of([3, 0, 3, 2]), alone)
     assert alone.dtype == torch.float32
@@ -128,7 +128,7 @@ def test_a_weight_is_the_picture_s_and_not_its_company_s():
 
 
 def test_weights_known_before_training_stay():
-    weights = PictureWeights(LISTS, SHARE_P, STATIC_K, WIDE)
+    weights = PictureWeights(LISTS, SHARE_P, STATIC_P, WIDE)
     before = weights.all_of(4)
     weights.refresh(10_000)
     np.testing.assert_array_equal(weights.all_of(4), before)
@@ -141,7 +141,7 @@ def test_weights_known_before_training_stay():
 )
 def test_dynamic_weights_come_in_after_the_warm_up(warmup, step, share):
     assert Ramp(warmup).at(step) == share
-    weights = PictureWeights(LISTS, SHARE_P, STATIC_K, WIDE, Term(0.0, 1.0), ramp=Ramp(warmup))
+    weights = PictureWeights(LISTS, SHARE_P, STATIC_P, WIDE, Term(0.0, 1.0), ramp=Ramp(warmup))
     weights.refresh(step)
     assert ratio(weights) == pytest.approx(0.6 + share, abs=1e-6)
     assert np.average(weights.all_of(4), weights=SHARE_P) == pytest.approx(1, abs=1e-7)
@@ -149,7 +149,7 @@ def test_dynamic_weights_come_in_after_the_warm_up(warmup, step, share):
 
 def test_everything_adds_up_in_logarithms():
     trust = Term(0.0, 0.0, -0.5, -1.0)
-    weights = PictureWeights(LISTS, SHARE_P, STATIC_K, WIDE, Term(0.3, 0.1), trust)
+    weights = PictureWeights(LISTS, SHARE_P, STATIC_P, WIDE, Term(0.3, 0.1), trust)
     assert weights.moves
     weights.refresh(1)
     assert ratio(weights) == pytest.approx(0.6 - 0.2 - 1.0, abs=1e-6)
@@ -157,14 +157,14 @@ def test_everything_adds_up_in_logarithms():
 
 
 def test_trust_waits_for_no_warm_up():
-    weights = PictureWeights(LISTS, SHARE_P, STATIC_K, WIDE, Term(9.0, 0.0), Term(0.0, 0.0, 0.0, -1.0), Ramp(100))
+    weights = PictureWeights(LISTS, SHARE_P, STATIC_P, WIDE, Term(9.0, 0.0), Term(0.0, 0.0, 0.0, -1.0), Ramp(100))
     weights.refresh(1)
     assert ratio(weights) == pytest.approx(0.6 - 1.0, abs=1e-6)
 
 
 def test_nothing_moves_between_two_refreshes_and_a_resumed_run_has_the_same():
     term = Term(0.0, 0.0)
-    weights = PictureWeights(LISTS, SHARE_P, STATIC_K, WIDE, term)
+    weights = PictureWeights(LISTS, SHARE_P, STATIC_P, WIDE, term)
     before = weights.all_of(4)
     term.now = np.array([0.0, 1.0])
     np.testing.assert_array_equal(weights.all_of(4), before)
@@ -173,13 +173,45 @@ def test_nothing_moves_between_two_refreshes_and_a_resumed_run_has_the_same():
     saved, after = weights.state(), weights.all_of(4)
     term.now = np.array([0.0, 5.0])
     weights.refresh(2)
-    resumed = PictureWeights(LISTS, SHARE_P, STATIC_K, WIDE, term)
+    resumed = PictureWeights(LISTS, SHARE_P, STATIC_P, WIDE, term)
     resumed.load(saved)
+    resumed.resume(2, anew=False)
     np.testing.assert_array_equal(resumed.all_of(4), after)
 
 
+@pytest.mark.parametrize(
+    ("static_P", "share_P", "bounds"),
+    [(-STATIC_P, SHARE_P, WIDE), (STATIC_P, SHARE_P[::-1], WIDE), (STATIC_P, SHARE_P, Bounds(0.9, 1.1))],
+)
+def test_other_settings_hold_from_the_resume_on(static_P, share_P, bounds):
+    """And not from the next refresh, until when weights could be beyond new bounds."""
+    term = Term(0.0, 1.0)
+    weights = PictureWeights(LISTS, SHARE_P, STATIC_P, WIDE, term)
+    weights.refresh(1)
+    changed = PictureWeights(LISTS, share_P, static_P, bounds, term)
+    changed.load(weights.state())
+    changed.resume(1, anew=False)
+    expected = PictureWeights(LISTS, share_P, static_P, bounds, term)
+    expected.refresh(1)
+    np.testing.assert_array_equal(changed.all_of(4), expected.all_of(4))
+    assert (changed.all_of(4) != weights.all_of(4)).any()
+
+
+def test_what_begins_at_a_resume_has_its_warm_up_then():
+    weights = PictureWeights(LISTS, SHARE_P, STATIC_P, WIDE, Term(0.0, 1.0), ramp=Ramp(100))
+    weights.resume(50_000, anew=True)
+    assert ratio(weights) == pytest.approx(0.6, abs=1e-6)
+    weights.refresh(50_150)
+    assert ratio(weights) == pytest.approx(0.6 + 0.5, abs=1e-6)
+    again = PictureWeights(LISTS, SHARE_P, STATIC_P, WIDE, Term(0.0, 1.0), ramp=Ramp(100))
+    again.load(weights.state())
+    again.resume(50_150, anew=False)
+    again.refresh(50_200)
+    assert ratio(again) == pytest.approx(0.6 + 1.0, abs=1e-6)
+
+
 def test_weights_of_other_pictures_are_not_taken():
-    weights = PictureWeights(LISTS, SHARE_P, STATIC_K, WIDE, Term(0.0, 0.0))
+    weights = PictureWeights(LISTS, SHARE_P, STATIC_P, WIDE, Term(0.0, 0.0))
     with pytest.raises(ValueError, match="3 pictures, here are 4"):
         weights.load({"weight": torch.ones(3)})
 

@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sdxl_training.records import UserError
+from sdxl_training.weighting import static
 from sdxl_training.weighting.normaliser import Bounds, log_normaliser, weights_of
-from sdxl_training.weighting.static import FrequencyRule, frequency_log_weights, static_log_weights
+from sdxl_training.weighting.static import FrequencyRule, frequency_log_weights, static_log_weights, tags_that_matter
 from tests.tags import lists_of
 
 UNBOUNDED = 1e300
@@ -138,6 +139,44 @@ def test_only_what_is_included_and_not_excluded_matters() -> None:
     assert log_K[2:].tolist() == [0.0, 0.0]
     alone = static_log_weights(names[:2], images_K[:2], images_K[:2], np.zeros(2, np.int64), FrequencyRule(1, 0, 100))
     np.testing.assert_allclose(log_K[:2], alone, atol=1e-12, err_msg="what does not matter is no reference either")
+    assert tags_that_matter(names, rule).tolist() == [True, True, False, False]
+    said = FrequencyRule(include=["artist:*"], overrides={"smile": 2.0})
+    assert tags_that_matter(names, said).tolist() == [True, True, True, True]
+
+
+def test_a_tag_that_does_not_matter_is_as_good_as_not_there() -> None:
+    """It would else halve what the others of its category say."""
+    written = [["common", "rating:a", "rating:b"]] * 90 + [["rare", "rating:a"]] * 10
+    lists = lists_of(written)
+    rule = FrequencyRule(1.0, 0.0, 100.0, exclude=["rating:*"])
+    log_K = static_log_weights(lists.names_K, lists.count(), lists.count(), lists.category_K, rule)
+    log_P = lists.only(tags_that_matter(lists.names_K, rule)).spread(log_K)
+    without = lists_of([tags[:1] for tags in written])
+    alone_K = static_log_weights(
+        without.names_K, without.count(), without.count(), without.category_K, FrequencyRule(1.0, 0.0, 100.0)
+    )
+    np.testing.assert_allclose(log_P, without.spread(alone_K), atol=1e-12)
+    assert log_P[-1] - log_P[0] == pytest.approx(math.log(9))
+
+
+def test_a_tag_is_found_by_its_name_though_that_reads_as_a_pattern() -> None:
+    assert tags_that_matter(["x", "[x]"], FrequencyRule(exclude=["[X]"])).tolist() == [False, False]
+    assert tags_that_matter(["y", "[x]"], FrequencyRule(exclude=["[X]"])).tolist() == [True, False]
+
+
+def test_one_tag_has_one_override() -> None:
+    rule = FrequencyRule(overrides={"Glossy": 3.0, "glossy": 0.3})
+    with pytest.raises(UserError, match="capital and small letters are the same tag, and one is there twice"):
+        static_log_weights(["glossy"], np.ones(1), np.ones(1), np.zeros(1, np.int64), rule)
+
+
+def test_the_nearest_of_very_many_tags_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(static, "MANY", 10)
+    names = [f"number {number}" for number in range(100)] + ["dragon"]
+    for typing_error in ("dragn", "ragon", "drgon", "dragoon"):
+        rule = FrequencyRule(overrides={typing_error: 2.0})
+        with pytest.raises(UserError, match="did you mean dragon"):
+            static_log_weights(names, np.ones(101), np.ones(101), np.zeros(101, np.int64), rule)
 
 
 def test_everything_that_no_picture_has_is_named_at_once() -> None:

@@ -56,6 +56,18 @@ def test_a_wrong_caption_is_found_and_the_others_are_believed():
     assert trust_P.min() >= 0.3
 
 
+def test_who_was_probed_once_is_not_judged_by_chance():
+    """A mean of one gain has five times the spread of a mean of twenty: all the lowest would be among those."""
+    gains, generator = CaptionGains(lists_of([["one tag"]] * 1000), TrustRule()), np.random.default_rng(0)
+    seen = np.concatenate([np.repeat(np.arange(500), 20), np.arange(500, 1000)])
+    for picture_B in np.split(generator.permutation(seen), 500):
+        gains.see(picture_B, generator.integers(0, LEVELS, len(picture_B)), generator.standard_normal(len(picture_B)))
+    distrusted_P = gains.log_trust() < np.log(0.9)
+    often, once = distrusted_P[:500].sum(), distrusted_P[500:].sum()
+    assert often + once > 10, "the lowest fiftieth counts less, whoever that is"
+    assert once <= 2 * often
+
+
 def test_levels_alone_lower_nobody_s_trust():
     """A picture that was only probed where captions do harm is one of many."""
     gains = CaptionGains(lists_of(TAGS), TrustRule())

@@ -63,7 +63,7 @@ def make_tag_report(config: Config, found: FoundPictures) -> TagReport:
         )
     section = config.tag_weighting
     bounds = Bounds(section.bounds.least, section.bounds.most)
-    weight_P = weights_of(counts.lists.spread(counts.static_K), counts.share_P, bounds)
+    weight_P = weights_of(counts.static_P, counts.share_P, bounds)
     figures = tag_figures(counts.lists, counts.pictures_K, counts.images_K, counts.share_P, weight_P)
     return TagReport(
         found, figures, counts.share_P, weight_P, figures_of(weight_P, counts.share_P, bounds), config.tag_weighting

@@ -31,7 +31,7 @@ from sdxl_training.weighting.margins import MarginRule, TagMargins
 from sdxl_training.weighting.normaliser import Bounds
 from sdxl_training.weighting.picture_weights import EQUAL_WEIGHTS, PictureWeights, Ramp, TagTerm, Weights
 from sdxl_training.weighting.residuals import ResidualRule, TagResiduals
-from sdxl_training.weighting.static import FrequencyRule, static_log_weights
+from sdxl_training.weighting.static import FrequencyRule, static_log_weights, tags_that_matter
 from sdxl_training.weighting.tag_lists import Numbers, TagLists
 from sdxl_training.weighting.trust import CaptionGains, TrustRule
 from sdxl_training.weighting.watch import NO_WATCH, TagWatch, Watch
@@ -45,7 +45,8 @@ class TagCounts:
     """The tags of a run's pictures and how often an epoch shows them.
 
     share_P: how often a picture is drawn in an epoch times the weight of its source; 0 where it is left out.
-    images_K: images of an epoch with the tag. pictures_K: pictures with it. static_K: log weight by frequency.
+    images_K: images of an epoch with the tag. pictures_K: pictures with it. static_K: log weight by frequency;
+    static_P: of the pictures, before they are brought to mean 1.
     """
 
     lists: TagLists
@@ -53,6 +54,7 @@ class TagCounts:
     images_K: Numbers
     pictures_K: Numbers
     static_K: Numbers
+    static_P: Numbers
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,7 @@ class TagParts:
         if begins:
             which = " and no ".join(begins)
             progress.message(f"tag_weighting: the checkpoint has no {which} of these tags; new ones begin")
+        self.weights.resume(checkpoint.state.step, anew=bool(begins))
 
     def _load(self, name: str, saved: dict[str, Tensor]) -> bool:
         """Return whether the part is as it was saved, or has no state."""
@@ -125,7 +128,7 @@ def build_tags(config: Config, found: FoundPictures, device: torch.device) -> Ta
         term = ResidualTerm(watch, section.dynamic.strength, section.dynamic.max_factor)
     ramp = Ramp(0 if isinstance(section.dynamic, NoDynamicWeights) else section.dynamic.warmup_steps)
     bounds = Bounds(section.bounds.least, section.bounds.most)
-    weights = PictureWeights(counts.lists, counts.share_P, counts.static_K, bounds, term, gains, ramp)
+    weights = PictureWeights(counts.lists, counts.share_P, counts.static_P, bounds, term, gains, ramp)
     return TagParts(counts, watch, weights, margins, gains)
 
 
@@ -172,11 +175,13 @@ def count_tags(config: Config, found: FoundPictures) -> TagCounts:
     drawn_N = plan.repeats * found.pictures.weights(plan).astype(np.float64)
     share_P = np.bincount(plan.picture_N, drawn_N, minlength=pictures).astype(np.float64)
     images_K, pictures_K = lists.count(images_P), lists.count((images_P > 0).astype(np.float64))
-    static_K = np.zeros(len(lists.names_K))
+    static_K, static_P = np.zeros(len(lists.names_K)), np.zeros(pictures)
     if isinstance(section.static, FrequencyWeights):
         rule = FrequencyRule(**section.static.model_dump(exclude={"type"}))
         static_K = static_log_weights(lists.names_K, images_K, pictures_K, lists.category_K, rule)
-    return TagCounts(lists, share_P, images_K, pictures_K, static_K)
+        some = bool(rule.include or rule.exclude)
+        static_P = (lists.only(tags_that_matter(lists.names_K, rule)) if some else lists).spread(static_K)
+    return TagCounts(lists, share_P, images_K, pictures_K, static_K, static_P)
 
 
 def _categories(section: TagWeighting, names: Sequence[str]) -> list[str]:

@@ -7,6 +7,7 @@ Shape legend: P pictures, K tags, B samples.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -71,27 +72,32 @@ class EqualWeights:
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Do nothing."""
 
+    def resume(self, step: int, anew: bool) -> None:
+        """Do nothing."""
+
 
 class PictureWeights:
     """The weights, from the terms at the last refresh.
 
-    static_K: S of each tag. share_P: how often a picture is drawn in an epoch times the weight of its source.
+    static_P: A(S) of each picture. share_P: how often a picture is drawn in an epoch times the weight of its source.
     """
 
     def __init__(
         self,
         lists: TagLists,
         share_P: Numbers,
-        static_K: Numbers,
+        static_P: Numbers,
         bounds: Bounds,
         tags: TagTerm | None = None,
         pictures: PictureTerm | None = None,
         ramp: Ramp | None = None,
     ) -> None:
         self.lists, self.share_P, self.bounds = lists, share_P, bounds
-        self._static_P = lists.spread(static_K)
+        self._static_P = static_P
         self._tags, self._pictures, self._ramp = tags, pictures, ramp or Ramp()
-        self.weight_P = weights_of(self._static_P, share_P, bounds).astype(np.float32)
+        self._begun = 0  # the step from which the ramp counts
+        self._outdated = False  # by other settings than those of the weights that were loaded
+        self.weight_P = weights_of(static_P, share_P, bounds).astype(np.float32)
 
     @property
     def moves(self) -> bool:
@@ -101,7 +107,7 @@ class PictureWeights:
     def refresh(self, step: int) -> None:
         """Bring the weights up to what is known after `step` updates."""
         log_P = self._static_P.copy()
-        ramp = self._ramp.at(step)
+        ramp = self._ramp.at(step - self._begun)
         if self._tags is not None and ramp > 0:
             log_P += ramp * self.lists.spread(self._tags.log_weights())
         if self._pictures is not None:
@@ -118,15 +124,37 @@ class PictureWeights:
 
     def state(self) -> dict[str, Tensor]:
         """Return everything that has to be saved: between two refreshes the weights are not those of the terms."""
-        return {"weight": torch.from_numpy(self.weight_P.copy())} if self.moves else {}
+        if not self.moves:
+            return {}
+        weight = torch.from_numpy(self.weight_P.copy())
+        return {"weight": weight, "begun": torch.tensor([self._begun]), "settings": self._settings()}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Put saved weights back; raises ValueError where they are of other pictures."""
+        """Put saved weights back; raises ValueError where they are of other pictures.
+
+        Where they were made by other settings `resume` makes new ones, which must not wait for the next refresh.
+        """
         if not self.moves or "weight" not in state:
             return
         if len(state["weight"]) != len(self.weight_P):
             raise ValueError(f"the saved state has {len(state['weight'])} pictures, here are {len(self.weight_P)}")
+        self._begun = int(state["begun"])
         self.weight_P = state["weight"].numpy().copy()
+        self._outdated = not torch.equal(state["settings"], self._settings())
+
+    def resume(self, step: int, anew: bool) -> None:
+        """Go on when everything is loaded. anew: what moves the weights begins to watch only now; the warm-up, too."""
+        if anew:
+            self._begun = step
+        if anew or self._outdated:
+            self.refresh(step)
+
+    def _settings(self) -> Tensor:
+        """Return a digest of what the weights are made of beside the terms."""
+        digest = hashlib.blake2b(digest_size=16)
+        for part in (self._static_P, self.share_P, np.array([self.bounds.least, self.bounds.most])):
+            digest.update(part.tobytes())
+        return torch.frombuffer(bytearray(digest.digest()), dtype=torch.int64)
 
 
 Weights = EqualWeights | PictureWeights

@@ -19,6 +19,7 @@ from sdxl_training.records import UserError
 from sdxl_training.weighting.tag_lists import Integers, Numbers
 
 PLACE = "tag_weighting.static"
+MANY = 50_000  # names; among more, only those of about the same length and with an end in common are looked at
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,12 +59,8 @@ def static_log_weights(
     pictures_K: how many pictures show the tag. Tags on fewer than min_count pictures, and those that do not matter,
     have 0. Raises one UserError for all names and patterns that no tag has.
     """
-    matters_K = np.ones(len(names_K), bool)
     problems: list[str] = []
-    if rule.include:
-        matters_K = _matching(names_K, rule.include, "include", problems)
-    if rule.exclude:
-        matters_K &= ~_matching(names_K, rule.exclude, "exclude", problems)
+    matters_K = _by_pattern(names_K, rule, problems)
     numbers = _find(names_K, rule.overrides, problems)
     if problems:
         raise UserError("\n".join(problems))
@@ -75,11 +72,28 @@ def static_log_weights(
     return log_K
 
 
+def tags_that_matter(names_K: Sequence[str], rule: FrequencyRule) -> NDArray[np.bool_]:
+    """Return which tags a picture's static weight is made of: by include and exclude, and all that have an override."""
+    problems: list[str] = []
+    matters_K = _by_pattern(names_K, rule, problems)
+    matters_K[_find(names_K, rule.overrides, problems)] = True
+    return matters_K
+
+
+def _by_pattern(names_K: Sequence[str], rule: FrequencyRule, problems: list[str]) -> NDArray[np.bool_]:
+    matters_K = np.ones(len(names_K), bool)
+    if rule.include:
+        matters_K = _matching(names_K, rule.include, "include", problems)
+    if rule.exclude:
+        matters_K &= ~_matching(names_K, rule.exclude, "exclude", problems)
+    return matters_K
+
+
 def _matching(names_K: Sequence[str], patterns: Sequence[str], setting: str, problems: list[str]) -> NDArray[np.bool_]:
     matching_K = np.zeros(len(names_K), bool)
     for pattern in patterns:
         folded = pattern.lower()
-        found_K = np.array([fnmatchcase(name, folded) for name in names_K], bool)
+        found_K = np.array([name == folded or fnmatchcase(name, folded) for name in names_K], bool)
         if not found_K.any():
             problems.append(f"{PLACE}.{setting}: {_absent(pattern, names_K)}")
         matching_K |= found_K
@@ -91,10 +105,19 @@ def _find(names_K: Sequence[str], overrides: Mapping[str, float], problems: list
     wanted = {name.lower() for name in overrides}
     numbers = {name: number for number, name in enumerate(names_K) if name in wanted} if wanted else {}
     problems += [f"{PLACE}.overrides: {_absent(name, names_K)}" for name in overrides if name.lower() not in numbers]
+    if len(wanted) < len(overrides):
+        problems.append(f"{PLACE}.overrides: capital and small letters are the same tag, and one is there twice.")
     return [numbers.get(name.lower(), 0) for name in overrides]
 
 
 def _absent(name: str, names_K: Sequence[str]) -> str:
-    close = get_close_matches(name.lower(), names_K, n=1)
+    folded = name.lower()
+    if len(names_K) > MANY:  # comparing letter by letter with a million names takes half a minute
+        names_K = [other for other in names_K if _is_alike(folded, other)]
+    close = get_close_matches(folded, names_K, n=1)
     hint = f"did you mean {close[0]}? Correct it" if close else "Correct it"
     return f"no picture has the tag {name}; {hint}, or delete it."
+
+
+def _is_alike(name: str, other: str) -> bool:
+    return abs(len(name) - len(other)) <= 2 and (name[:2] == other[:2] or name[-2:] == other[-2:])

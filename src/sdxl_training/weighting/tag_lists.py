@@ -7,7 +7,7 @@ one picture), B some pictures.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -82,6 +82,12 @@ class TagLists:
     def __len__(self) -> int:
         """Return the number of pictures."""
         return len(self.offsets) - 1
+
+    def only(self, matters_K: NDArray[np.bool_]) -> TagLists:
+        """Return the same pictures and names with nothing but these tags on the pictures."""
+        kept_T = matters_K[self.tag_T]
+        offsets = np.concatenate([[0], np.cumsum(kept_T, dtype=np.int64)])[self.offsets]
+        return replace(self, offsets=offsets, tag_T=self.tag_T[kept_T])
 
     def of_picture(self, picture: int) -> NDArray[np.int32]:
         """Return the tags of a picture."""

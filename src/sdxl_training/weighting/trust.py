@@ -19,6 +19,8 @@ import numpy as np
 from sdxl_training.weighting.residuals import LARGEST, LEVEL_DECAY, LEVELS
 from sdxl_training.weighting.tag_lists import Integers, Numbers, TagLists
 
+FEW = 4.0  # probes with the mean gain that each picture has beforehand: else those probed once would be at both ends
+
 
 @dataclass(frozen=True, slots=True)
 class TrustRule:
@@ -37,7 +39,7 @@ def trust_of_ranks(rank_B: Numbers, rule: TrustRule) -> Numbers:
 
 
 class CaptionGains:
-    """Mean gain of each probed picture's caption, each gain in units of the spread at its noise level."""
+    """Mean gain of each probed picture's caption, in units of the spread at its noise level, less sure where few."""
 
     def __init__(self, lists: TagLists, rule: TrustRule) -> None:
         self.lists = lists
@@ -74,7 +76,7 @@ class CaptionGains:
         tags = [self.lists.of_picture(picture) for picture in probed.tolist()]
         lengths = [len(own) for own in tags]
         picture_T, tag_T = np.repeat(probed, lengths), np.concatenate(tags)
-        loss_T = -(self._sum_P / np.maximum(self._number_P, 1))[picture_T]
+        loss_T = -(self._sum_P / (self._number_P + FEW))[picture_T]
         order_T = np.lexsort((picture_T, loss_T, tag_T))
         counts_K = np.bincount(tag_T, minlength=len(self.lists.names_K))
         first_K = np.cumsum(counts_K) - counts_K
