@@ -18,7 +18,11 @@ from sdxl_training.config.schema import Config
 from sdxl_training.records import UserError
 from sdxl_training.tracking.progress import SilentProgress
 from sdxl_training.training.checkpoint import Checkpoint, RunState
+from sdxl_training.weighting.margins import MarginRule
+from sdxl_training.weighting.normaliser import Bounds
 from sdxl_training.weighting.picture_weights import EQUAL_WEIGHTS, PictureWeights
+from sdxl_training.weighting.residuals import ResidualRule
+from sdxl_training.weighting.trust import TrustRule
 from sdxl_training.weighting.watch import NO_WATCH, TagWatch
 from tests.pictures import RAMP, encoded
 
@@ -189,6 +193,74 @@ def test_each_type_brings_its_part(config_of):
     }
 
 
+def test_every_number_arrives(config_of):
+    weighting = {
+        "static": {"type": "frequency", "min_count": 0, "strength": 0.25},
+        "dynamic": {"type": "meta", "learning_rate": 0.01, "max_factor": 2.0, "warmup_steps": 7},
+        "trust": {"type": "null_probe", "least": 0.5, "quantile": 0.9, "width": 0.01, "min_probed": 3},
+        "bounds": {"least": 0.5, "most": 1.5},
+        "emphasis": 3.0,
+        "categories": {"shares": {"meta": 2.0}},
+        "statistics": {"half_life": 50.0, "shrinkage": 3.0},
+    }
+    parts = built(config_of(weighting))
+    assert isinstance(parts.weights, PictureWeights)
+    assert isinstance(parts.watch, TagWatch)
+    assert parts.counts is not None
+    assert parts.margins is not None
+    assert parts.gains is not None
+    assert parts.watch.residuals().rule == ResidualRule(50.0, 3.0)
+    assert parts.margins.rule == MarginRule(0.01, 2.0)
+    assert parts.gains.rule == TrustRule(0.5, 0.9, 0.01, 3)
+    assert parts.weights.bounds == Bounds(0.5, 1.5)
+    lists = parts.counts.lists
+    assert lists.emphasis == 3.0
+    assert dict(zip(lists.categories, lists.share_C, strict=True))["meta"] == 2.0
+    half = built(config_of({"static": {"type": "frequency", "min_count": 0, "strength": 0.5}}))
+    assert half.counts is not None
+    np.testing.assert_allclose(2 * parts.counts.static_K, half.counts.static_K)
+
+
+def fed(config: Config) -> TagParts:
+    """Let the picture with blue (number 1) lose more than others at each level, and its caption help less."""
+    parts = built(config)
+    for level in np.tile(np.arange(4), 50).tolist():
+        picture_G, level_G = np.arange(6), np.full(6, level)
+        hurts_G = np.where(picture_G == 1, 1.0, 0.0)
+        if isinstance(parts.watch, TagWatch):
+            parts.watch.residuals().see(picture_G, level_G, np.exp(level + hurts_G))
+        if parts.gains is not None:
+            parts.gains.see(picture_G, level_G, level - hurts_G + 1e-3 * np.arange(6))
+    return parts
+
+
+@pytest.mark.parametrize(("strength", "sign"), [(1.0, 1), (-1.0, -1), (0.0, 0)])
+def test_what_loses_more_weighs_more_once_the_warm_up_is_over(config_of, strength, sign):
+    parts = fed(config_of({"dynamic": {"type": "residual_loss", "strength": strength, "warmup_steps": 10}}))
+    parts.weights.refresh(10)
+    np.testing.assert_allclose(parts.weights.all_of(7)[:6], 1.0, rtol=1e-6)
+    parts.weights.refresh(20)
+    weight_P = parts.weights.all_of(7)
+    assert np.sign(np.log(weight_P[1] / weight_P[3]).round(3)) == sign
+
+
+def test_a_caption_that_does_not_help_costs_weight(config_of):
+    trust = {"type": "null_probe", "least": 0.5, "quantile": 0.6, "width": 0.01, "min_probed": 2}
+    parts = fed(config_of({"trust": trust}))
+    parts.weights.refresh(1)
+    weight_P = parts.weights.all_of(7)
+    assert weight_P[1] / weight_P[3] == pytest.approx(0.5, rel=0.01)
+
+
+def test_what_helps_weighs_more(config_of):
+    parts = built(config_of({"dynamic": {"type": "meta", "warmup_steps": 0}}))
+    assert parts.margins is not None
+    for _ in range(20):
+        parts.margins.learn(np.arange(4), np.ones(4), np.array([0.0, 1.0, 0.0, 0.0]))
+    parts.weights.refresh(1)
+    assert parts.weights.all_of(7)[1] > 1.2
+
+
 # --- checkpoints -----------------------------------------------------------------------------------------------------
 
 
@@ -236,7 +308,8 @@ def test_other_tags_begin_anew_and_that_is_said(config_of, tmp_path):
     )
     for name, state in fresh.state().items():
         for key, value in state.items():
-            assert torch.equal(other.state()[name][key], value)
+            assert torch.equal(other.state()[name][key], value) or key == "begun"
+    assert other.state()["picture_weights"]["begun"].item() == 20, "and so does the warm-up"
 
 
 def test_what_is_new_begins_beside_what_was_there(config_of):
