@@ -17,12 +17,15 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from sdxl_training.assemble.tag_actions import MarginProbe, _probe, probe_batch
 from sdxl_training.config.schema import Config
 from sdxl_training.parallel.group import Group
 from sdxl_training.records import Draw, UserError
 from sdxl_training.training.checkpoint import load_checkpoint, save_checkpoint
 from sdxl_training.training.step import add_gradients, loss_per_sample
+from sdxl_training.weighting.margins import TagMargins
 from tests.integration.tag_run import flat, make_updates, open_for
+from tests.unit.test_probes import exact_products
 
 ALONE = Group(0, 1, torch.device("cpu"))
 STEPS = 8
@@ -122,6 +125,55 @@ def test_a_resumed_run_is_the_uninterrupted_one(
     weights = "picture_weights:weight"
     assert not torch.equal(whole[weights], half_way[weights]), "the weights have moved since"
     assert whole[weights].std() > 1e-3
+
+
+# --- probes ----------------------------------------------------------------------------------------------------------
+
+META = {"type": "meta", "warmup_steps": 0, "parameters": ["up_blocks.2.*", "conv_out.*"]}
+
+
+@pytest.fixture
+def two_sources(pictures: Path, long_tailed: Path, tiny_model: Path, tmp_path: Path) -> Callable[..., Config]:
+    """Configurations with a source that counts a tenth of the other, and captions that are never dropped."""
+
+    def config(weighting: dict[str, Any], **training: Any) -> Config:
+        described = settings(pictures, tiny_model, tmp_path, weighting, **training)
+        described["data"]["sources"] = [
+            {"path": str(pictures), "weight": 0.1},
+            {"path": str(long_tailed), "repeats": 3},
+        ]
+        described["data"]["captions"] = {"caption_dropout": 0.0}
+        return Config.model_validate(described)
+
+    return config
+
+
+def test_margins_descend_by_what_exact_gradients_say(two_sources: Callable[..., Config], tmp_path: Path) -> None:
+    """Of the ordinary batch's samples and the balanced one, each sample at all that its loss is multiplied by."""
+    with closing(open_for(two_sources({"static": STATIC, "dynamic": META}), tmp_path / "run", ALONE)) as session:
+        margins, probe = session.tags.margins, _probe(session)
+        assert margins is not None
+        learn = MarginProbe(session, margins, META["parameters"], 3)
+        parameters = [
+            each for name, each in session.sdxl.unet.named_parameters() if name.startswith(("up_blocks.2", "conv_out"))
+        ]
+        twin = TagMargins(margins.lists, margins.rule)
+        sources = set()
+        for number in range(1, 5):
+            raw = probe_batch(session, 3, number)
+            batch, meta = session.to_device(raw), session.to_device(learn.meta_batch(number))
+            exact_B = exact_products(
+                parameters, lambda of=batch: probe.losses(of), lambda of=meta: probe.losses(of).mean()
+            )
+            weight_B = raw.weight_B * session.tags.weights.of(raw.pictures)
+            told_B = np.array(raw.tagged) >= 0
+            twin.learn(np.array(raw.pictures)[told_B], weight_B.numpy()[told_B], exact_B.double().numpy()[told_B])
+            learn(number)
+            sources |= set(raw.weight_B.tolist())
+        assert len(sources) == 2
+        descended_K, expected_K = (each.state()["moments"][0] for each in (margins, twin))
+        assert np.abs(expected_K).max() > 0
+        np.testing.assert_allclose(descended_K, expected_K, atol=0.03 * np.abs(expected_K).max())
 
 
 # --- one run ---------------------------------------------------------------------------------------------------------

@@ -97,6 +97,34 @@ def test_theta_goes_down_the_gradient_of_the_meta_loss(written, seed, emphasis):
             assert moved_K[k] == 0.0
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_source_weights_are_part_of_the_loss_that_is_descended(seed):
+    """Against numerical derivatives of the meta loss after an SGD step on (1 / B) sum s w l, with sum s w / B = 1."""
+    problem, rate = Linear(seed), 1e-4
+    source_B = np.array([0.1, 1.0, 3.0, 0.5, 1.0, 0.1])
+    picture_B = np.arange(6)
+    lists = lists_of([["a"], ["b"], ["c"], ["a", "b"], ["b", "c"], ["c"]])
+    margins = TagMargins(lists, MarginRule())
+    start_K = np.random.default_rng(seed).uniform(-1, 1, 3)
+    margins.load({**margins.state(), "theta": start_K})
+
+    def weights(theta_K: np.ndarray) -> np.ndarray:
+        weight_B = source_B * np.exp(lists.spread(math.log(3) * np.tanh(theta_K)))
+        return weight_B / weight_B.mean()
+
+    def meta_after_a_step(theta_K: np.ndarray) -> float:
+        theta_F = problem.theta_F.clone().requires_grad_()
+        loss = (torch.from_numpy(weights(theta_K)) * problem.losses(theta_F)).mean()
+        (gradient_F,) = torch.autograd.grad(loss, theta_F)
+        return float(problem.meta_loss(theta_F.detach() - rate * gradient_F))
+
+    margins.learn(picture_B, weights(start_K), problem.inner_products(problem.theta_F))
+    descended_K = margins.state()["moments"][0] / 0.1
+    for k in range(3):
+        ahead, behind = (meta_after_a_step(start_K + sign * 1e-3 * np.eye(3)[k]) for sign in (1, -1))
+        assert descended_K[k] == pytest.approx((ahead - behind) / 2e-3 / rate, rel=0.02, abs=1e-3)
+
+
 # --- learning --------------------------------------------------------------------------------------------------------
 
 

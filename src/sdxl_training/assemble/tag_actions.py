@@ -16,7 +16,7 @@ from sdxl_training.config.tags import MetaLearnedWeights, NullProbeTrust
 from sdxl_training.data.atomic import write_atomically
 from sdxl_training.data.loader import RawBatch
 from sdxl_training.data.sampler import slots_of_part
-from sdxl_training.records import Draw, UserError
+from sdxl_training.records import Batch, Draw, UserError
 from sdxl_training.rng import Stream, derive_seed, numpy_generator
 from sdxl_training.tracking.tracker import Trackers
 from sdxl_training.training.probes import Probe, caption_gains, inner_products
@@ -88,7 +88,7 @@ class CaptionProbe:
         batch = self._session.to_device(raw)
         null = self._session.to_device(self._session.without_captions(raw)).conditioning
         gain_B, level_B = caption_gains(_probe(self._session), batch, null)
-        picture_G, (level_G, gain_G) = _everywhere(self._session, raw, [level_B.double(), gain_B.double()])
+        picture_G, (level_G, gain_G) = _everywhere(self._session, batch, [level_B.double(), gain_B.double()])
         told_G = picture_G >= 0
         self._gains.see(picture_G[told_G], level_G[told_G].astype(np.int64), gain_G[told_G])
 
@@ -107,18 +107,17 @@ class MarginProbe:
     def __call__(self, steps_done: int) -> None:
         """Measure one batch; all ranks learn of all samples."""
         session = self._session
-        raw = probe_batch(session, self._seed, steps_done)
-        batch, meta = session.to_device(raw), session.to_device(self._meta_batch(steps_done))
+        batch = session.to_device(probe_batch(session, self._seed, steps_done))
+        meta = session.to_device(self.meta_batch(steps_done))
         group = session.group
         inner_B = inner_products(
             _probe(session), self._parameters, batch, meta, lambda value: group.sum(value) / group.world_size
         )
-        picture_G, (inner_G,) = _everywhere(session, raw, [inner_B.double()])
+        picture_G, (weight_G, inner_G) = _everywhere(session, batch, [batch.weight_B.double(), inner_B.double()])
         told_G = picture_G >= 0
-        weight_G = session.tags.weights.of(picture_G[told_G].tolist()).double().numpy()
-        self._margins.learn(picture_G[told_G], weight_G, inner_G[told_G])
+        self._margins.learn(picture_G[told_G], weight_G[told_G], inner_G[told_G])
 
-    def _meta_batch(self, step: int) -> RawBatch:
+    def meta_batch(self, step: int) -> RawBatch:
         """Return this rank's share of a batch in which all tags of a bucket are as frequent."""
         session, lists = self._session, self._margins.lists
         schedule, plan = session.dataset.schedule, session.dataset.plan
@@ -154,12 +153,12 @@ def _probe(session: Session) -> Probe:
     return Probe(session.sdxl.unet, session.run.objective, session.run.precision, session.run.seed)
 
 
-def _everywhere(session: Session, raw: RawBatch, numbers: Sequence[Tensor]) -> tuple[Integers, list[Numbers]]:
-    """Return the picture and these numbers of the samples of all ranks; picture -1 where there is no caption."""
+def _everywhere(session: Session, batch: Batch, numbers: Sequence[Tensor]) -> tuple[Integers, list[Numbers]]:
+    """Return the picture and these numbers of the samples of all ranks; picture -1 where nothing is told of tags."""
     group, parts = session.group, session.micro_batches.parts
-    table = torch.zeros(1 + len(numbers), raw.global_batch // parts * group.world_size, dtype=torch.float64)
-    own = slice(group.rank * len(raw.slots), (group.rank + 1) * len(raw.slots))
-    table[0, own] = torch.tensor(raw.tagged, dtype=torch.float64)
+    table = torch.zeros(1 + len(numbers), batch.global_batch // parts * group.world_size, dtype=torch.float64)
+    own = slice(group.rank * len(batch.slots), (group.rank + 1) * len(batch.slots))
+    table[0, own] = torch.tensor(batch.tagged, dtype=torch.float64)
     for row, number_B in enumerate(numbers, 1):
         table[row, own] = number_B.cpu()
     picture_G, *rest = group.sum(table).numpy()
