@@ -172,6 +172,17 @@ def test_inner_products_of_a_unet(
     assert float((found - exact).abs().max()) < error * float(exact.abs().max())
 
 
+def test_what_has_no_weight_is_no_part_of_the_meta_loss(make_tiny_unet: MakeUnet, make_batch: MakeBatch):
+    """As pictures without a finite latent, whose losses are of noise alone."""
+    unet, batch, meta = make_tiny_unet(), make_batch(range(4)), make_batch(range(100, 104))
+    parameters, probe = last_parameters(unet), probe_of(unet, OBJECTIVES["v_prediction"])
+    usable = meta.weight_B.clone()
+    usable[2] = 0
+    found = inner_products(probe, parameters, batch, replace(meta, weight_B=usable), alone)
+    exact = exact_products(parameters, lambda: probe.losses(batch), lambda: probe.losses(meta)[[0, 1, 3]].sum() / 4)
+    assert float((found - exact).abs().max()) < 0.02 * float(exact.abs().max())
+
+
 @pytest.mark.parametrize("learned", [False, True])
 def test_a_probe_weighs_noise_levels_as_training_does(make_tiny_unet: MakeUnet, make_batch: MakeBatch, learned):
     """So that its gradients are those of the samples in training, but for the weights of pictures."""

@@ -58,8 +58,16 @@ def inner_products(
     meta: Batch,
     mean_over_ranks: Callable[[Tensor], Tensor],
 ) -> Tensor:
-    """Return <grad l_i, grad L_meta> over these parameters for each sample of `batch`; see `products`."""
-    return products(parameters, lambda: probe.losses(batch), lambda: probe.losses(meta).mean(), mean_over_ranks)
+    """Return <grad l_i, grad L_meta> over these parameters for each sample of `batch`; see `products`.
+
+    L_meta: the mean loss of `meta`, in which samples of weight 0 count nothing; other weights are not heeded.
+    """
+
+    def meta_loss() -> Tensor:
+        losses_B = probe.losses(meta)
+        return torch.where(meta.weight_B > 0, losses_B, torch.zeros_like(losses_B)).mean()
+
+    return products(parameters, lambda: probe.losses(batch), meta_loss, mean_over_ranks)
 
 
 def products(
