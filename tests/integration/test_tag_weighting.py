@@ -17,10 +17,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from sdxl_training.assemble.tag_actions import MarginProbe, _probe, probe_batch
+from sdxl_training.assemble.tag_actions import MarginProbe, _probe, probe_batch, tag_actions
 from sdxl_training.config.schema import Config
+from sdxl_training.data.loader import MicroBatches, RawBatch
 from sdxl_training.parallel.group import Group
-from sdxl_training.records import Draw, UserError
+from sdxl_training.records import Draw, StepStats, UserError
+from sdxl_training.tracking.tracker import Trackers
 from sdxl_training.training.checkpoint import load_checkpoint, save_checkpoint
 from sdxl_training.training.step import add_gradients, loss_per_sample
 from sdxl_training.weighting.margins import TagMargins
@@ -129,6 +131,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(
 
 # --- probes ----------------------------------------------------------------------------------------------------------
 
+NO_STATS = StepStats(*torch.zeros(3))
 META = {"type": "meta", "warmup_steps": 0, "parameters": ["up_blocks.2.*", "conv_out.*"]}
 
 
@@ -174,6 +177,58 @@ def test_margins_descend_by_what_exact_gradients_say(two_sources: Callable[..., 
         descended_K, expected_K = (each.state()["moments"][0] for each in (margins, twin))
         assert np.abs(expected_K).max() > 0
         np.testing.assert_allclose(descended_K, expected_K, atol=0.03 * np.abs(expected_K).max())
+
+
+@pytest.fixture
+def rare_gold(tmp_path: Path) -> Path:
+    """Thirty pictures of one kind and six of another, in three shapes: two of the rare ones in each."""
+    folder = tmp_path / "rare_gold"
+    folder.mkdir()
+    generator = np.random.default_rng(0)
+    for number, caption in enumerate([COMMON] * 30 + [RARE] * 6):
+        shape = [(64, 64), (48, 96), (96, 48)][number % 3]
+        Image.fromarray(generator.integers(0, 256, (*shape, 3), np.uint8)).save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text(caption)
+    return folder
+
+
+def test_the_meta_batch_is_balanced_across_buckets(rare_gold: Path, tiny_model: Path, tmp_path: Path) -> None:
+    """A third of the draws are of "gold", a third of "red"; of "large" each kind has its share."""
+    described = settings(rare_gold, tiny_model, tmp_path, {"dynamic": META})
+    described["data"]["captions"] = {"caption_dropout": 0.0}
+    with closing(open_for(Config.model_validate(described), tmp_path / "run", ALONE)) as session:
+        assert session.tags.margins is not None
+        assert len(session.dataset.schedule.buckets) == 3
+        lists, learn = session.tags.margins.lists, MarginProbe(session, session.tags.margins, ["conv_out.*"], 3)
+        batches = [learn.meta_batch(number) for number in range(1, 101)]
+        drawn = [lists.names_K[lists.of_picture(p).min()] for raw in batches for p in raw.pictures]
+        assert len(drawn) == 400
+        assert drawn.count("gold") / 400 == pytest.approx(1 / 3 + 6 / 36 / 3, abs=0.1)
+
+
+def test_no_two_samples_of_probes_share_their_noise(
+    rare_gold: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor do a picture's variants, which take turns from visit to visit, stand still between probes."""
+    drawn: list[Draw] = []
+    collect = MicroBatches.collect
+
+    def note(batches: MicroBatches, draws: list[Draw], *rest: Any, **named: Any) -> RawBatch:
+        drawn.extend(draws)
+        return collect(batches, draws, *rest, **named)
+
+    monkeypatch.setattr(MicroBatches, "collect", note)
+    described = settings(rare_gold, tiny_model, tmp_path, {"dynamic": {**META, "probe_steps": 10}})
+    with closing(open_for(Config.model_validate(described), tmp_path / "run", ALONE)) as session:
+        actions = tag_actions(session, Trackers())
+        drawn.clear()
+        for steps_done in range(1, 31):
+            for action in actions:
+                action.after_step(steps_done, NO_STATS)
+    visits = [draw.visit for draw in drawn]
+    assert len(visits) == len(set(visits)) == 3 * (4 + 4)
+    assert {visit % 10 for visit in visits} == set(range(10))
+    assert min(visits) > 2**39
 
 
 # --- one run ---------------------------------------------------------------------------------------------------------
