@@ -22,6 +22,7 @@ from sdxl_training.config.schema import Config
 from sdxl_training.data.loader import MicroBatches, RawBatch
 from sdxl_training.parallel.group import Group
 from sdxl_training.records import Draw, StepStats, UserError
+from sdxl_training.tracking.progress import SilentProgress
 from sdxl_training.tracking.tracker import Trackers
 from sdxl_training.training.checkpoint import load_checkpoint, save_checkpoint
 from sdxl_training.training.step import add_gradients, loss_per_sample
@@ -321,3 +322,21 @@ def test_what_is_written_of_tags(tiny_model: Path, long_tailed: Path, tmp_path: 
     by_tag = {row["tag"]: row for row in said["tags"]}
     assert by_tag["gold"]["weight"] > 1 > by_tag["red"]["weight"]
     assert by_tag["large"]["seen"] == by_tag["red"]["seen"] + by_tag["gold"]["seen"] > 0
+
+
+def test_a_run_goes_on_where_tags_json_cannot_be_written(tiny_model: Path, long_tailed: Path, tmp_path: Path) -> None:
+    """And says where and why, each time."""
+
+    class Heard(SilentProgress):
+        def message(self, text: str) -> None:
+            heard.append(text)
+
+    heard: list[str] = []
+    in_its_place = tmp_path / "run" / "tags.json"
+    in_its_place.mkdir(parents=True)
+    described = settings(long_tailed, tiny_model, tmp_path, {"statistics": {"every_steps": 2}})
+    state = make_updates(Config.model_validate(described), tmp_path / "run", ALONE, 4, progress=Heard())
+    assert state.state.step == 4
+    assert [text for text in heard if "tags.json" in text] == [
+        f"step {step}: {in_its_place} cannot be written: Is a directory" for step in (2, 4)
+    ]

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from sdxl_training.assemble.session import Session
 from sdxl_training.config.tags import MetaLearnedWeights, NullProbeTrust
-from sdxl_training.data.atomic import write_atomically
 from sdxl_training.data.loader import RawBatch
 from sdxl_training.data.sampler import slots_of_part
 from sdxl_training.records import Batch, Draw, UserError
@@ -69,9 +68,7 @@ def _writer(session: Session, trackers: Trackers, tracked: int) -> Callable[[int
         figures = figures_now(session)
         if figures is None:
             return
-        rows = [asdict(row) for row in figures.most_frequent(TAGS_WRITTEN)]
-        said = {"step": steps_done, "tags_in_all": len(figures.lists.names_K), "tags": rows}
-        write_atomically(session.folder.path / "tags.json", (json.dumps(said, indent=1) + "\n").encode())
+        _write_file(session, steps_done, figures)
         curves: dict[str, float] = {}
         for row in figures.rows(figures.spread_over_frequency(tracked)):
             curves[f"tag_relative_loss/{row.tag}"] = row.relative_loss
@@ -80,6 +77,19 @@ def _writer(session: Session, trackers: Trackers, tracked: int) -> Callable[[int
         trackers.beside(steps_done, curves)
 
     return write
+
+
+def _write_file(session: Session, steps_done: int, figures: TagFigures) -> None:
+    """Write tags.json; where that cannot be, say so: the run does not depend on it."""
+    path = session.folder.path / "tags.json"
+    rows = [asdict(row) for row in figures.most_frequent(TAGS_WRITTEN)]
+    said = {"step": steps_done, "tags_in_all": len(figures.lists.names_K), "tags": rows}
+    temporary = path.with_suffix(".tmp")
+    try:
+        temporary.write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        session.progress.message(f"step {steps_done}: {path} cannot be written: {error.strerror or error}")
 
 
 class CaptionProbe:
