@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +18,21 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from sdxl_training.assemble.tag_actions import MarginProbe, _probe, probe_batch, tag_actions
+from sdxl_training.assemble import tag_actions as tag_actions_module
+from sdxl_training.assemble.tag_actions import CaptionProbe, MarginProbe, _probe, probe_batch, tag_actions
 from sdxl_training.config.schema import Config
 from sdxl_training.data.loader import MicroBatches, RawBatch
+from sdxl_training.model.text import encode_text
 from sdxl_training.parallel.group import Group
 from sdxl_training.records import Draw, StepStats, UserError
 from sdxl_training.tracking.progress import SilentProgress
 from sdxl_training.tracking.tracker import Trackers
 from sdxl_training.training.checkpoint import load_checkpoint, save_checkpoint
+from sdxl_training.training.probes import inner_products
 from sdxl_training.training.step import add_gradients, loss_per_sample
 from sdxl_training.weighting.margins import TagMargins
+from sdxl_training.weighting.picture_weights import PictureWeights
+from sdxl_training.weighting.trust import TrustRule
 from tests.integration.tag_run import flat, make_updates, open_for
 from tests.unit.test_probes import exact_products
 
@@ -230,6 +236,79 @@ def test_no_two_samples_of_probes_share_their_noise(
     assert len(visits) == len(set(visits)) == 3 * (4 + 4)
     assert {visit % 10 for visit in visits} == set(range(10))
     assert min(visits) > 2**39
+
+
+@pytest.mark.parametrize("null_mode", ["zeros", "empty_string"])
+def test_the_caption_probe_compares_with_no_caption(
+    rare_gold: Path, tiny_model: Path, tmp_path: Path, null_mode: str
+) -> None:
+    described = settings(rare_gold, tiny_model, tmp_path, {"trust": TRUST})
+    described["data"]["captions"] = {"caption_dropout": 0.0, "null_mode": null_mode}
+    with closing(open_for(Config.model_validate(described), tmp_path / "run", ALONE)) as session:
+        raw = probe_batch(session, 3, 1)
+        told, untold = (session.to_device(each) for each in (raw, session.without_captions(raw)))
+        assert torch.equal(untold.latents_BCHW, told.latents_BCHW)
+        assert torch.equal(untold.conditioning.time_ids_B6, told.conditioning.time_ids_B6)
+        text_BLD, pooled_BP = encode_text(session.sdxl, *session.tokenizer.with_weights([""] * 4))
+        kept = float(null_mode == "empty_string")
+        torch.testing.assert_close(untold.conditioning.text_BLD, text_BLD * kept)
+        torch.testing.assert_close(untold.conditioning.pooled_BP, pooled_BP * kept)
+
+        gains = session.tags.gains
+        assert gains is not None
+        CaptionProbe(session, gains, 3)(1)
+        null = replace(told, conditioning=untold.conditioning)
+        with torch.no_grad():
+            with_B, without_B = (
+                loss_per_sample(session.run.model, session.run.objective, each, 3) for each in (told, null)
+            )
+        found = gains.state()["gain_moments"]
+        assert found[1].sum() == pytest.approx(float((without_B.log() - with_B.log()).sum()), rel=1e-3)
+        assert found[2].sum() > 0
+
+
+def test_what_is_configured_is_what_probes_do(
+    rare_gold: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compared: list[Any] = []
+
+    def note(probe: Any, parameters: Any, *rest: Any) -> torch.Tensor:
+        compared.append(parameters)
+        return inner_products(probe, parameters, *rest)
+
+    monkeypatch.setattr(tag_actions_module, "inner_products", note)
+    learned = {"learning_rate": 0.3, "max_factor": 1.7, "probe_steps": 3, "warmup_steps": 4}
+    weighting = {
+        "dynamic": {"type": "meta", **learned, "parameters": ["conv_out.*"]},
+        "trust": {**TRUST, "least": 0.4, "min_probed": 7, "probe_steps": 5},
+    }
+    described = settings(rare_gold, tiny_model, tmp_path, weighting, batch_size=12)
+    described["data"]["captions"] = {"caption_dropout": 0.0}
+    with closing(open_for(Config.model_validate(described), tmp_path / "run", ALONE)) as session:
+        margins, gains, weights = session.tags.margins, session.tags.gains, session.tags.weights
+        assert margins is not None
+        assert gains is not None
+        assert isinstance(weights, PictureWeights)
+        assert gains.rule == TrustRule(least=0.4, quantile=0.5, width=0.2, min_probed=7)
+        actions, measured, probed = tag_actions(session, Trackers()), [], []
+        for steps_done in range(1, 6):
+            for action in actions:
+                action.after_step(steps_done, NO_STATS)
+            measured.append(margins.state()["measured"].max())
+            probed.append(gains.state()["gain_moments"][0].sum())
+        assert measured == [0, 0, 1, 1, 1]
+        assert probed == [0, 0, 0, 0, 12]
+        assert [list(each) for each in compared] == [list(session.sdxl.unet.conv_out.parameters())]
+
+        theta_K = margins.state()["theta"]
+        moved = np.abs(theta_K) > 1e-3
+        assert moved.sum() >= 2
+        np.testing.assert_allclose(np.abs(theta_K[moved]), 0.3, rtol=1e-3)
+        np.testing.assert_allclose(margins.log_weights(), np.log(1.7) * np.tanh(theta_K))
+        for steps_done, share in ((4, 0.0), (6, 0.5), (8, 1.0)):
+            weights.refresh(steps_done)
+            rest_P = np.log(weights.all_of(36)) - share * margins.lists.spread(margins.log_weights())
+            np.testing.assert_allclose(rest_P, rest_P[0], atol=1e-6)
 
 
 # --- one run ---------------------------------------------------------------------------------------------------------
