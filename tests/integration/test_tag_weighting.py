@@ -11,6 +11,7 @@ from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -265,6 +266,34 @@ def test_the_caption_probe_compares_with_no_caption(
         found = gains.state()["gain_moments"]
         assert found[1].sum() == pytest.approx(float((without_B.log() - with_B.log()).sum()), rel=1e-3)
         assert found[2].sum() > 0
+
+
+def test_pictures_without_a_finite_latent_say_nothing_of_their_tags(
+    rare_gold: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    """What stands in for their latents is noise, for which captions, tags and weights can do nothing."""
+    described = settings(rare_gold, tiny_model, tmp_path, {"dynamic": META, "trust": TRUST}, batch_size=12)
+    described["data"]["captions"] = {"caption_dropout": 0.0}
+    with closing(open_for(Config.model_validate(described), tmp_path / "run", ALONE)) as session:
+        margins, gains, encoder = session.tags.margins, session.tags.gains, session.encoder
+        assert margins is not None
+        assert gains is not None
+
+        def lose(*lost: int) -> None:
+            session.encoder = Mock(
+                wraps=encoder,
+                side_effect=lambda found: [None if one.picture in lost else encoder([one])[0] for one in found],
+            )
+
+        lose(*range(36))
+        MarginProbe(session, margins, META["parameters"], 3)(1)
+        assert not margins.state()["measured"].any()
+        raw = probe_batch(session, 3, 1)
+        lose(raw.pictures[5])
+        expected = tuple(-1 if picture == raw.pictures[5] else picture for picture in raw.pictures)
+        assert session.to_device(raw).tagged == expected
+        CaptionProbe(session, gains, 3)(1)
+        assert gains.state()["gain_moments"][0].sum() == 12 - expected.count(-1)
 
 
 def test_what_is_configured_is_what_probes_do(
