@@ -131,7 +131,8 @@ class Batch:
     latents_BCHW: scaled latents, fp32. noise_BCHW: the noise of the targets, fp32. weight_B: loss weight per sample,
     mean 1 over the data set, fp32.
     sample_ids and visits: one integer a sample; together with the seed they fix the sample's randomness. tagged: number
-    of the picture whose tags a sample's caption tells of, -1 where the caption is dropped or empty.
+    of the picture whose tags a sample's caption tells of, -1 where the caption is dropped or empty, or the picture has
+    no finite latent.
     step, slots and global_batch: the update, the samples' places in its global batch, and how many samples that has.
     """
 

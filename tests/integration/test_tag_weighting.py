@@ -8,8 +8,10 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -17,12 +19,23 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from sdxl_training.assemble import tag_actions as tag_actions_module
+from sdxl_training.assemble.tag_actions import CaptionProbe, MarginProbe, _probe, probe_batch, tag_actions
 from sdxl_training.config.schema import Config
+from sdxl_training.data.loader import MicroBatches, RawBatch
+from sdxl_training.model.text import encode_text
 from sdxl_training.parallel.group import Group
-from sdxl_training.records import Draw, UserError
+from sdxl_training.records import Draw, StepStats, UserError
+from sdxl_training.tracking.progress import SilentProgress
+from sdxl_training.tracking.tracker import Trackers
 from sdxl_training.training.checkpoint import load_checkpoint, save_checkpoint
+from sdxl_training.training.probes import inner_products
 from sdxl_training.training.step import add_gradients, loss_per_sample
+from sdxl_training.weighting.margins import TagMargins
+from sdxl_training.weighting.picture_weights import PictureWeights
+from sdxl_training.weighting.trust import TrustRule
 from tests.integration.tag_run import flat, make_updates, open_for
+from tests.unit.test_probes import exact_products
 
 ALONE = Group(0, 1, torch.device("cpu"))
 STEPS = 8
@@ -124,6 +137,209 @@ def test_a_resumed_run_is_the_uninterrupted_one(
     assert whole[weights].std() > 1e-3
 
 
+# --- probes ----------------------------------------------------------------------------------------------------------
+
+NO_STATS = StepStats(*torch.zeros(3))
+META = {"type": "meta", "warmup_steps": 0, "parameters": ["up_blocks.2.*", "conv_out.*"]}
+
+
+@pytest.fixture
+def two_sources(pictures: Path, long_tailed: Path, tiny_model: Path, tmp_path: Path) -> Callable[..., Config]:
+    """Configurations with a source that counts a tenth of the other, and captions that are never dropped."""
+
+    def config(weighting: dict[str, Any], **training: Any) -> Config:
+        described = settings(pictures, tiny_model, tmp_path, weighting, **training)
+        described["data"]["sources"] = [
+            {"path": str(pictures), "weight": 0.1},
+            {"path": str(long_tailed), "repeats": 3},
+        ]
+        described["data"]["captions"] = {"caption_dropout": 0.0}
+        return Config.model_validate(described)
+
+    return config
+
+
+def test_margins_descend_by_what_exact_gradients_say(two_sources: Callable[..., Config], tmp_path: Path) -> None:
+    """Of the ordinary batch's samples and the balanced one, each sample at all that its loss is multiplied by."""
+    with closing(open_for(two_sources({"static": STATIC, "dynamic": META}), tmp_path / "run", ALONE)) as session:
+        margins, probe = session.tags.margins, _probe(session)
+        assert margins is not None
+        learn = MarginProbe(session, margins, META["parameters"], 3)
+        parameters = [
+            each for name, each in session.sdxl.unet.named_parameters() if name.startswith(("up_blocks.2", "conv_out"))
+        ]
+        twin = TagMargins(margins.lists, margins.rule)
+        sources = set()
+        for number in range(1, 5):
+            raw = probe_batch(session, 3, number)
+            batch, meta = session.to_device(raw), session.to_device(learn.meta_batch(number))
+            exact_B = exact_products(
+                parameters, lambda of=batch: probe.losses(of), lambda of=meta: probe.losses(of).mean()
+            )
+            weight_B = raw.weight_B * session.tags.weights.of(raw.pictures)
+            told_B = np.array(raw.tagged) >= 0
+            twin.learn(np.array(raw.pictures)[told_B], weight_B.numpy()[told_B], exact_B.double().numpy()[told_B])
+            learn(number)
+            sources |= set(raw.weight_B.tolist())
+        assert len(sources) == 2
+        descended_K, expected_K = (each.state()["moments"][0] for each in (margins, twin))
+        assert np.abs(expected_K).max() > 0
+        np.testing.assert_allclose(descended_K, expected_K, atol=0.03 * np.abs(expected_K).max())
+
+
+@pytest.fixture
+def rare_gold(tmp_path: Path) -> Path:
+    """Thirty pictures of one kind and six of another, in three shapes: two of the rare ones in each."""
+    folder = tmp_path / "rare_gold"
+    folder.mkdir()
+    generator = np.random.default_rng(0)
+    for number, caption in enumerate([COMMON] * 30 + [RARE] * 6):
+        shape = [(64, 64), (48, 96), (96, 48)][number % 3]
+        Image.fromarray(generator.integers(0, 256, (*shape, 3), np.uint8)).save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text(caption)
+    return folder
+
+
+def test_the_meta_batch_is_balanced_across_buckets(rare_gold: Path, tiny_model: Path, tmp_path: Path) -> None:
+    """A third of the draws are of "gold", a third of "red"; of "large" each kind has its share."""
+    described = settings(rare_gold, tiny_model, tmp_path, {"dynamic": META})
+    described["data"]["captions"] = {"caption_dropout": 0.0}
+    with closing(open_for(Config.model_validate(described), tmp_path / "run", ALONE)) as session:
+        assert session.tags.margins is not None
+        assert len(session.dataset.schedule.buckets) == 3
+        lists, learn = session.tags.margins.lists, MarginProbe(session, session.tags.margins, ["conv_out.*"], 3)
+        batches = [learn.meta_batch(number) for number in range(1, 101)]
+        drawn = [lists.names_K[lists.of_picture(p).min()] for raw in batches for p in raw.pictures]
+        assert len(drawn) == 400
+        assert drawn.count("gold") / 400 == pytest.approx(1 / 3 + 6 / 36 / 3, abs=0.1)
+
+
+def test_no_two_samples_of_probes_share_their_noise(
+    rare_gold: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor do a picture's variants, which take turns from visit to visit, stand still between probes."""
+    drawn: list[Draw] = []
+    collect = MicroBatches.collect
+
+    def note(batches: MicroBatches, draws: list[Draw], *rest: Any, **named: Any) -> RawBatch:
+        drawn.extend(draws)
+        return collect(batches, draws, *rest, **named)
+
+    monkeypatch.setattr(MicroBatches, "collect", note)
+    described = settings(rare_gold, tiny_model, tmp_path, {"dynamic": {**META, "probe_steps": 10}})
+    with closing(open_for(Config.model_validate(described), tmp_path / "run", ALONE)) as session:
+        actions = tag_actions(session, Trackers())
+        drawn.clear()
+        for steps_done in range(1, 31):
+            for action in actions:
+                action.after_step(steps_done, NO_STATS)
+    visits = [draw.visit for draw in drawn]
+    assert len(visits) == len(set(visits)) == 3 * (4 + 4)
+    assert {visit % 10 for visit in visits} == set(range(10))
+    assert min(visits) > 2**39
+
+
+@pytest.mark.parametrize("null_mode", ["zeros", "empty_string"])
+def test_the_caption_probe_compares_with_no_caption(
+    rare_gold: Path, tiny_model: Path, tmp_path: Path, null_mode: str
+) -> None:
+    described = settings(rare_gold, tiny_model, tmp_path, {"trust": TRUST})
+    described["data"]["captions"] = {"caption_dropout": 0.0, "null_mode": null_mode}
+    with closing(open_for(Config.model_validate(described), tmp_path / "run", ALONE)) as session:
+        raw = probe_batch(session, 3, 1)
+        told, untold = (session.to_device(each) for each in (raw, session.without_captions(raw)))
+        assert torch.equal(untold.latents_BCHW, told.latents_BCHW)
+        assert torch.equal(untold.conditioning.time_ids_B6, told.conditioning.time_ids_B6)
+        text_BLD, pooled_BP = encode_text(session.sdxl, *session.tokenizer.with_weights([""] * 4))
+        kept = float(null_mode == "empty_string")
+        torch.testing.assert_close(untold.conditioning.text_BLD, text_BLD * kept)
+        torch.testing.assert_close(untold.conditioning.pooled_BP, pooled_BP * kept)
+
+        gains = session.tags.gains
+        assert gains is not None
+        CaptionProbe(session, gains, 3)(1)
+        null = replace(told, conditioning=untold.conditioning)
+        with torch.no_grad():
+            with_B, without_B = (
+                loss_per_sample(session.run.model, session.run.objective, each, 3) for each in (told, null)
+            )
+        found = gains.state()["gain_moments"]
+        assert found[1].sum() == pytest.approx(float((without_B.log() - with_B.log()).sum()), rel=1e-3)
+        assert found[2].sum() > 0
+
+
+def test_pictures_without_a_finite_latent_say_nothing_of_their_tags(
+    rare_gold: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    """What stands in for their latents is noise, for which captions, tags and weights can do nothing."""
+    described = settings(rare_gold, tiny_model, tmp_path, {"dynamic": META, "trust": TRUST}, batch_size=12)
+    described["data"]["captions"] = {"caption_dropout": 0.0}
+    with closing(open_for(Config.model_validate(described), tmp_path / "run", ALONE)) as session:
+        margins, gains, encoder = session.tags.margins, session.tags.gains, session.encoder
+        assert margins is not None
+        assert gains is not None
+
+        def lose(*lost: int) -> None:
+            session.encoder = Mock(
+                wraps=encoder,
+                side_effect=lambda found: [None if one.picture in lost else encoder([one])[0] for one in found],
+            )
+
+        lose(*range(36))
+        MarginProbe(session, margins, META["parameters"], 3)(1)
+        assert not margins.state()["measured"].any()
+        raw = probe_batch(session, 3, 1)
+        lose(raw.pictures[5])
+        expected = tuple(-1 if picture == raw.pictures[5] else picture for picture in raw.pictures)
+        assert session.to_device(raw).tagged == expected
+        CaptionProbe(session, gains, 3)(1)
+        assert gains.state()["gain_moments"][0].sum() == 12 - expected.count(-1)
+
+
+def test_what_is_configured_is_what_probes_do(
+    rare_gold: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compared: list[Any] = []
+
+    def note(probe: Any, parameters: Any, *rest: Any) -> torch.Tensor:
+        compared.append(parameters)
+        return inner_products(probe, parameters, *rest)
+
+    monkeypatch.setattr(tag_actions_module, "inner_products", note)
+    learned = {"learning_rate": 0.3, "max_factor": 1.7, "probe_steps": 3, "warmup_steps": 4}
+    weighting = {
+        "dynamic": {"type": "meta", **learned, "parameters": ["conv_out.*"]},
+        "trust": {**TRUST, "least": 0.4, "min_probed": 7, "probe_steps": 5},
+    }
+    described = settings(rare_gold, tiny_model, tmp_path, weighting, batch_size=12)
+    described["data"]["captions"] = {"caption_dropout": 0.0}
+    with closing(open_for(Config.model_validate(described), tmp_path / "run", ALONE)) as session:
+        margins, gains, weights = session.tags.margins, session.tags.gains, session.tags.weights
+        assert margins is not None
+        assert gains is not None
+        assert isinstance(weights, PictureWeights)
+        assert gains.rule == TrustRule(least=0.4, quantile=0.5, width=0.2, min_probed=7)
+        actions, measured, probed = tag_actions(session, Trackers()), [], []
+        for steps_done in range(1, 6):
+            for action in actions:
+                action.after_step(steps_done, NO_STATS)
+            measured.append(margins.state()["measured"].max())
+            probed.append(gains.state()["gain_moments"][0].sum())
+        assert measured == [0, 0, 1, 1, 1]
+        assert probed == [0, 0, 0, 0, 12]
+        assert [list(each) for each in compared] == [list(session.sdxl.unet.conv_out.parameters())]
+
+        theta_K = margins.state()["theta"]
+        moved = np.abs(theta_K) > 1e-3
+        assert moved.sum() >= 2
+        np.testing.assert_allclose(np.abs(theta_K[moved]), 0.3, rtol=1e-3)
+        np.testing.assert_allclose(margins.log_weights(), np.log(1.7) * np.tanh(theta_K))
+        for steps_done, share in ((4, 0.0), (6, 0.5), (8, 1.0)):
+            weights.refresh(steps_done)
+            rest_P = np.log(weights.all_of(36)) - share * margins.lists.spread(margins.log_weights())
+            np.testing.assert_allclose(rest_P, rest_P[0], atol=1e-6)
+
+
 # --- one run ---------------------------------------------------------------------------------------------------------
 
 COMMON, RARE = "large, red", "large, gold"
@@ -214,3 +430,21 @@ def test_what_is_written_of_tags(tiny_model: Path, long_tailed: Path, tmp_path: 
     by_tag = {row["tag"]: row for row in said["tags"]}
     assert by_tag["gold"]["weight"] > 1 > by_tag["red"]["weight"]
     assert by_tag["large"]["seen"] == by_tag["red"]["seen"] + by_tag["gold"]["seen"] > 0
+
+
+def test_a_run_goes_on_where_tags_json_cannot_be_written(tiny_model: Path, long_tailed: Path, tmp_path: Path) -> None:
+    """And says where and why, each time."""
+
+    class Heard(SilentProgress):
+        def message(self, text: str) -> None:
+            heard.append(text)
+
+    heard: list[str] = []
+    in_its_place = tmp_path / "run" / "tags.json"
+    in_its_place.mkdir(parents=True)
+    described = settings(long_tailed, tiny_model, tmp_path, {"statistics": {"every_steps": 2}})
+    state = make_updates(Config.model_validate(described), tmp_path / "run", ALONE, 4, progress=Heard())
+    assert state.state.step == 4
+    assert [text for text in heard if "tags.json" in text] == [
+        f"step {step}: {in_its_place} cannot be written: Is a directory" for step in (2, 4)
+    ]

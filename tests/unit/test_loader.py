@@ -472,11 +472,13 @@ def test_pictures_encoded_on_arrival_are_what_the_cache_would_give(alone, worker
         assert torch.equal(batch.weight_B, expected.weight_B)
 
 
-def test_a_picture_without_a_finite_latent_has_no_weight():
-    for raw in map(micro_batches(fetch=Pixels().fetch).__getitem__, range(12)):
+def test_a_picture_without_a_finite_latent_has_no_weight_and_tells_nothing_of_its_tags():
+    batches = micro_batches(fetch=Pixels().fetch, rules=[CaptionRules(caption_dropout=0.3)])
+    for raw in map(batches.__getitem__, range(12)):
         batch = to_batch(raw, no_text, Pixels(4).encode, torch.device("cpu"))
         for b, sample_id in enumerate(raw.sample_ids):
             assert batch.weight_B[b] == (0 if sample_id == 1004 else raw.weight_B[b])
+            assert batch.tagged[b] == (-1 if sample_id == 1004 or not raw.keep_B[b] else sample_id - 1000)
         assert batch.latents_BCHW.isfinite().all()
         assert (raw.weight_B > 0).all(), "the batch of the loader stays as it was"
 

@@ -125,6 +125,26 @@ def test_where_the_meta_gradient_says_nothing_there_are_zeros(factor):
     assert not found.requires_grad
 
 
+def test_the_scale_of_the_backward_pass_changes_no_bit(monkeypatch):
+    problem = Linear(torch.float32)
+    scaled = products(problem.parameters, problem.losses, problem.meta_loss, alone)
+    monkeypatch.setattr(probes, "SCALE", 1.0)
+    assert torch.equal(scaled, products(problem.parameters, problem.losses, problem.meta_loss, alone))
+
+
+def test_gradients_that_fp16_would_flush_to_zero_are_measured():
+    """The gradient of this loss is about 1e-8 where it passes through fp16, whose smallest number is 6e-8."""
+    problem, small = Linear(torch.float32), 1e-8
+
+    def meta_loss() -> Tensor:
+        return (problem.model(problem.meta[0]).half().float() - problem.meta[1]).square().mean() * small
+
+    assert not any(part.any() for part in torch.autograd.grad(meta_loss(), list(problem.model.parameters())))
+    found = products(problem.parameters, problem.losses, meta_loss, alone)
+    exact = exact_products(problem.parameters, problem.losses, problem.meta_loss)
+    torch.testing.assert_close(found / small, exact, rtol=0.02, atol=0.02 * float(exact.abs().max()))
+
+
 def test_ranks_share_one_meta_gradient():
     """Each has half of the meta batch; the direction is that of the whole, and each measures its own samples."""
     problem = Linear(torch.float64)
@@ -170,6 +190,17 @@ def test_inner_products_of_a_unet(
     with left_alone(unet):
         found = inner_products(probe_of(unet, OBJECTIVES[name], precision), parameters, batch, meta, alone)
     assert float((found - exact).abs().max()) < error * float(exact.abs().max())
+
+
+def test_what_has_no_weight_is_no_part_of_the_meta_loss(make_tiny_unet: MakeUnet, make_batch: MakeBatch):
+    """As pictures without a finite latent, whose losses are of noise alone."""
+    unet, batch, meta = make_tiny_unet(), make_batch(range(4)), make_batch(range(100, 104))
+    parameters, probe = last_parameters(unet), probe_of(unet, OBJECTIVES["v_prediction"])
+    usable = meta.weight_B.clone()
+    usable[2] = 0
+    found = inner_products(probe, parameters, batch, replace(meta, weight_B=usable), alone)
+    exact = exact_products(parameters, lambda: probe.losses(batch), lambda: probe.losses(meta)[[0, 1, 3]].sum() / 4)
+    assert float((found - exact).abs().max()) < 0.02 * float(exact.abs().max())
 
 
 @pytest.mark.parametrize("learned", [False, True])

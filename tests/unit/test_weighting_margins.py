@@ -1,4 +1,4 @@
-"""Learned margins against the closed form of a linear problem; batches in which tags are equally frequent."""
+"""Learned margins against the closed form of a linear problem; batches in which tags are drawn equally often."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sdxl_training.weighting.balanced import LEAST_PICTURES, balanced_odds, draw_with_odds
+from sdxl_training.weighting.balanced import LEAST_PICTURES, balanced_odds, draw_one_bucket, draw_with_odds
 from sdxl_training.weighting.margins import DECAY, MarginRule, TagMargins, weight_gradients
-from tests.tags import CATEGORY, lists_of, written_tags
+from tests.tags import CATEGORY, category_shares, lists_of, written_tags
 
 
 class Linear:
@@ -95,6 +95,34 @@ def test_theta_goes_down_the_gradient_of_the_meta_loss(written, seed, emphasis):
             assert moved_K[k] == pytest.approx(-decayed, rel=1e-4, abs=1e-5), "Adam's first step"
         elif not np.isin(k, np.concatenate([lists.of_picture(p) for p in picture_B])):
             assert moved_K[k] == 0.0
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_source_weights_are_part_of_the_loss_that_is_descended(seed):
+    """Against numerical derivatives of the meta loss after an SGD step on (1 / B) sum s w l, with sum s w / B = 1."""
+    problem, rate = Linear(seed), 1e-4
+    source_B = np.array([0.1, 1.0, 3.0, 0.5, 1.0, 0.1])
+    picture_B = np.arange(6)
+    lists = lists_of([["a"], ["b"], ["c"], ["a", "b"], ["b", "c"], ["c"]])
+    margins = TagMargins(lists, MarginRule())
+    start_K = np.random.default_rng(seed).uniform(-1, 1, 3)
+    margins.load({**margins.state(), "theta": start_K})
+
+    def weights(theta_K: np.ndarray) -> np.ndarray:
+        weight_B = source_B * np.exp(lists.spread(math.log(3) * np.tanh(theta_K)))
+        return weight_B / weight_B.mean()
+
+    def meta_after_a_step(theta_K: np.ndarray) -> float:
+        theta_F = problem.theta_F.clone().requires_grad_()
+        loss = (torch.from_numpy(weights(theta_K)) * problem.losses(theta_F)).mean()
+        (gradient_F,) = torch.autograd.grad(loss, theta_F)
+        return float(problem.meta_loss(theta_F.detach() - rate * gradient_F))
+
+    margins.learn(picture_B, weights(start_K), problem.inner_products(problem.theta_F))
+    descended_K = margins.state()["moments"][0] / 0.1
+    for k in range(3):
+        ahead, behind = (meta_after_a_step(start_K + sign * 1e-3 * np.eye(3)[k]) for sign in (1, -1))
+        assert descended_K[k] == pytest.approx((ahead - behind) / 2e-3 / rate, rel=0.02, abs=1e-3)
 
 
 # --- learning --------------------------------------------------------------------------------------------------------
@@ -188,7 +216,7 @@ def test_a_saved_state_comes_back_bit_for_bit():
 # --- balanced batches ------------------------------------------------------------------------------------------------
 
 
-def test_tags_are_equally_frequent_under_the_odds():
+def test_tags_are_drawn_equally_often_under_the_odds():
     """Exactly, where no picture has two of them."""
     pictures = [["common"]] * 300 + [["rare"]] * 5 + [["middling"]] * 40
     lists = lists_of(pictures)
@@ -197,17 +225,49 @@ def test_tags_are_equally_frequent_under_the_odds():
     np.testing.assert_allclose(lists.count(odds_P), 1 / 3)
 
 
-@given(written=written_tags, chosen=st.lists(st.integers(0, 11), min_size=1, max_size=60))
-def test_odds_are_those_of_drawing_a_tag_and_then_a_picture(written, chosen):
-    lists = lists_of(written, CATEGORY)
-    members = [number % len(written) for number in chosen]
-    counts = Counter(tag for number in members for tag in written[number])
-    drawn = [tag for tag, count in counts.items() if count >= LEAST_PICTURES]
+def test_a_tag_needs_pictures_not_records():
+    """A picture that is in five buckets may have a typing error as well as any other."""
+    lists = lists_of([["common"]] * 9 + [["typing error"]])
+    odds_N = balanced_odds(lists, np.array([*range(10), *[9] * LEAST_PICTURES]))
+    np.testing.assert_allclose(odds_N, [1 / 9] * 9 + [0.0] * (1 + LEAST_PICTURES))
+
+
+@given(written=written_tags, chosen=st.lists(st.integers(0, 11), min_size=1, max_size=60), shares=category_shares)
+def test_odds_are_those_of_drawing_a_tag_and_then_a_record(written, chosen, shares):
+    """Tags of categories that do not count are not drawn, nor are those on few pictures."""
+    lists = lists_of(written * LEAST_PICTURES, CATEGORY, shares)
+    members = [number % len(lists) for number in chosen]
+    own = [lists.of_picture(number) for number in members]
+    counts = Counter(lists.names_K[k] for tags in own for k in tags)
+    pictures = Counter(lists.names_K[k] for number in set(members) for k in lists.of_picture(number))
+    drawn = [tag for tag in counts if pictures[tag] >= LEAST_PICTURES and shares.get(CATEGORY[tag], 1)]
     if drawn:
-        expected = [sum(1 / counts[tag] for tag in written[m] if tag in drawn) / len(drawn) for m in members]
+        names = [{lists.names_K[k] for k in tags} & set(drawn) for tags in own]
+        expected = [sum(1 / counts[tag] for tag in tags) / len(drawn) for tags in names]
     else:
         expected = [1 / len(members)] * len(members)
     np.testing.assert_allclose(balanced_odds(lists, np.array(members)), expected, atol=1e-12)
+
+
+def test_a_rare_tag_that_many_buckets_share_is_drawn_as_often_as_a_common_one():
+    """No bucket has five pictures of the rare tag; and half of the draws are of it nevertheless."""
+    generator = np.random.default_rng(0)
+    lists = lists_of([["common"]] * 300 + [["rare"]] * 40)
+    bucket_N = np.concatenate([generator.integers(0, 20, 300), np.arange(40) % 20])
+    members = [np.flatnonzero(bucket_N == bucket) for bucket in range(20)]
+    odds_N = balanced_odds(lists, np.arange(340))
+    drawn = [draw_one_bucket(odds_N, members, [4] * 20, np.random.default_rng(probe)) for probe in range(2000)]
+    assert all(len(set(bucket_N[records])) == 1 and len(records) == 4 for records in drawn)
+    assert np.mean(np.concatenate(drawn) >= 300) == pytest.approx(0.5, abs=0.03)
+    assert set(np.concatenate(drawn)) == set(range(340))
+
+
+def test_each_bucket_gives_as_many_as_it_is_asked_for():
+    members = [np.array([3, 1]), np.array([0, 2])]
+    for probe in range(20):
+        records = draw_one_bucket(np.full(4, 0.25), members, [2, 7], np.random.default_rng(probe))
+        assert (len(records) == 2) == (set(records.tolist()) <= {3, 1})
+        assert (len(records) == 7) == (set(records.tolist()) <= {0, 2})
 
 
 def test_pictures_are_drawn_by_their_odds():

@@ -13,21 +13,21 @@ from torch import Tensor, nn
 
 from sdxl_training.assemble.session import Session
 from sdxl_training.config.tags import MetaLearnedWeights, NullProbeTrust
-from sdxl_training.data.atomic import write_atomically
 from sdxl_training.data.loader import RawBatch
 from sdxl_training.data.sampler import slots_of_part
-from sdxl_training.records import Draw, UserError
+from sdxl_training.records import Batch, Draw, UserError
 from sdxl_training.rng import Stream, derive_seed, numpy_generator
 from sdxl_training.tracking.tracker import Trackers
 from sdxl_training.training.probes import Probe, caption_gains, inner_products
 from sdxl_training.training.trainer import Action, Every, Within
-from sdxl_training.weighting.balanced import balanced_odds, draw_with_odds
+from sdxl_training.weighting.balanced import balanced_odds, draw_one_bucket
 from sdxl_training.weighting.margins import TagMargins
 from sdxl_training.weighting.tag_lists import Integers, Numbers
 from sdxl_training.weighting.tag_table import TagFigures, tag_figures
 from sdxl_training.weighting.trust import CaptionGains
 from sdxl_training.weighting.watch import TagWatch
 
+PROBE_VISITS, META_VISITS = 2**40, 2**41  # of ordinary and of balanced batches; those of training are far below
 TAGS_WRITTEN = 1000  # the most frequent ones; of a million, all would be a hundred megabytes
 
 
@@ -36,15 +36,20 @@ def tag_actions(session: Session, trackers: Trackers) -> list[Action]:
     section, tags, seed = session.config.tag_weighting, session.tags, session.config.global_config.seed
     actions: list[Action] = []
     if tags.gains is not None and isinstance(section.trust, NullProbeTrust):
-        actions.append(Within(section.trust.probe_steps, CaptionProbe(session, tags.gains, seed)))
+        actions.append(_each(section.trust.probe_steps, CaptionProbe(session, tags.gains, seed)))
     if tags.margins is not None and isinstance(section.dynamic, MetaLearnedWeights):
         learn = MarginProbe(session, tags.margins, section.dynamic.parameters, seed)
-        actions.append(Within(section.dynamic.probe_steps, learn))
+        actions.append(_each(section.dynamic.probe_steps, learn))
     if tags.weights.moves:
         actions.append(Within(section.refresh_steps, tags.weights.refresh))
     if tags.counts is not None and section.statistics.enabled and session.group.is_main:
         actions.append(Every(section.statistics.every_steps, _writer(session, trackers, section.statistics.tracked)))
     return actions
+
+
+def _each(steps: int, probe: Callable[[int], None]) -> Within:
+    """Return what makes probe number 1, 2, ... every so many steps."""
+    return Within(steps, lambda steps_done: probe(steps_done // steps))
 
 
 def figures_now(session: Session) -> TagFigures | None:
@@ -63,9 +68,7 @@ def _writer(session: Session, trackers: Trackers, tracked: int) -> Callable[[int
         figures = figures_now(session)
         if figures is None:
             return
-        rows = [asdict(row) for row in figures.most_frequent(TAGS_WRITTEN)]
-        said = {"step": steps_done, "tags_in_all": len(figures.lists.names_K), "tags": rows}
-        write_atomically(session.folder.path / "tags.json", (json.dumps(said, indent=1) + "\n").encode())
+        _write_file(session, steps_done, figures)
         curves: dict[str, float] = {}
         for row in figures.rows(figures.spread_over_frequency(tracked)):
             curves[f"tag_relative_loss/{row.tag}"] = row.relative_loss
@@ -76,19 +79,32 @@ def _writer(session: Session, trackers: Trackers, tracked: int) -> Callable[[int
     return write
 
 
+def _write_file(session: Session, steps_done: int, figures: TagFigures) -> None:
+    """Write tags.json; where that cannot be, say so: the run does not depend on it."""
+    path = session.folder.path / "tags.json"
+    rows = [asdict(row) for row in figures.most_frequent(TAGS_WRITTEN)]
+    said = {"step": steps_done, "tags_in_all": len(figures.lists.names_K), "tags": rows}
+    temporary = path.with_suffix(".tmp")
+    try:
+        temporary.write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        session.progress.message(f"step {steps_done}: {path} cannot be written: {error.strerror or error}")
+
+
 class CaptionProbe:
     """Measures how much captions help, on a batch of its own."""
 
     def __init__(self, session: Session, gains: CaptionGains, seed: int) -> None:
         self._session, self._gains, self._seed = session, gains, seed
 
-    def __call__(self, steps_done: int) -> None:
-        """Measure one batch; all ranks learn of all samples."""
-        raw = probe_batch(self._session, self._seed, steps_done)
+    def __call__(self, number: int) -> None:
+        """Measure batch `number`; all ranks learn of all samples."""
+        raw = probe_batch(self._session, self._seed, number)
         batch = self._session.to_device(raw)
         null = self._session.to_device(self._session.without_captions(raw)).conditioning
         gain_B, level_B = caption_gains(_probe(self._session), batch, null)
-        picture_G, (level_G, gain_G) = _everywhere(self._session, raw, [level_B.double(), gain_B.double()])
+        picture_G, (level_G, gain_G) = _everywhere(self._session, batch, [level_B.double(), gain_B.double()])
         told_G = picture_G >= 0
         self._gains.see(picture_G[told_G], level_G[told_G].astype(np.int64), gain_G[told_G])
 
@@ -102,64 +118,64 @@ class MarginProbe:
     def __init__(self, session: Session, margins: TagMargins, patterns: Sequence[str], seed: int) -> None:
         self._session, self._margins, self._seed = session, margins, seed
         self._parameters = _chosen(session.sdxl.unet, patterns)
-        self._odds: dict[int, Numbers] = {}
+        self._odds_N = balanced_odds(margins.lists, session.dataset.plan.picture_N)
 
-    def __call__(self, steps_done: int) -> None:
-        """Measure one batch; all ranks learn of all samples."""
+    def __call__(self, number: int) -> None:
+        """Measure batch `number`; all ranks learn of all samples."""
         session = self._session
-        raw = probe_batch(session, self._seed, steps_done)
-        batch, meta = session.to_device(raw), session.to_device(self._meta_batch(steps_done))
+        batch = session.to_device(probe_batch(session, self._seed, number))
+        meta = session.to_device(self.meta_batch(number))
         group = session.group
         inner_B = inner_products(
             _probe(session), self._parameters, batch, meta, lambda value: group.sum(value) / group.world_size
         )
-        picture_G, (inner_G,) = _everywhere(session, raw, [inner_B.double()])
+        picture_G, (weight_G, inner_G) = _everywhere(session, batch, [batch.weight_B.double(), inner_B.double()])
         told_G = picture_G >= 0
-        weight_G = session.tags.weights.of(picture_G[told_G].tolist()).double().numpy()
-        self._margins.learn(picture_G[told_G], weight_G, inner_G[told_G])
+        self._margins.learn(picture_G[told_G], weight_G[told_G], inner_G[told_G])
 
-    def _meta_batch(self, step: int) -> RawBatch:
-        """Return this rank's share of a batch in which all tags of a bucket are as frequent."""
-        session, lists = self._session, self._margins.lists
-        schedule, plan = session.dataset.schedule, session.dataset.plan
-        generator = numpy_generator(self._seed, Stream.META_BATCH, step)
-        sizes = np.array([len(schedule.members(bucket)) for bucket in schedule.buckets], np.float64)
-        number = int(draw_with_odds(sizes, 1, generator)[0])
-        bucket = schedule.buckets[number]
-        members = schedule.members(bucket)
-        if number not in self._odds:
-            self._odds[number] = balanced_odds(lists, plan.picture_N[members])
-        count = schedule.global_batches[bucket]
-        chosen = members[draw_with_odds(self._odds[number], count, generator)]
-        return _share(session, [Draw(int(record), step) for record in chosen], step)
+    def meta_batch(self, number: int) -> RawBatch:
+        """Return this rank's share of a batch in which all tags are drawn as often.
+
+        Its bucket need not be that of the ordinary batch: gradients are compared, not samples.
+        """
+        schedule = self._session.dataset.schedule
+        members = [schedule.members(bucket) for bucket in schedule.buckets]
+        counts = [schedule.global_batches[bucket] for bucket in schedule.buckets]
+        generator = numpy_generator(self._seed, Stream.META_BATCH, number)
+        records = draw_one_bucket(self._odds_N, members, counts, generator)
+        return _share(self._session, records.tolist(), META_VISITS, number)
 
 
-def probe_batch(session: Session, seed: int, step: int) -> RawBatch:
+def probe_batch(session: Session, seed: int, number: int) -> RawBatch:
     """Return this rank's share of a batch as training draws them, with noise of its own."""
     schedule = session.dataset.schedule
     several_epochs = max(1, round(8 * schedule.steps_per_epoch))
-    _, draws = schedule.batch_at(derive_seed(seed, Stream.PROBE, step) % several_epochs)
-    return _share(session, [Draw(draw.record, step) for draw in draws], step)
+    _, draws = schedule.batch_at(derive_seed(seed, Stream.PROBE, number) % several_epochs)
+    return _share(session, [draw.record for draw in draws], PROBE_VISITS, number)
 
 
-def _share(session: Session, draws: Sequence[Draw], step: int) -> RawBatch:
+def _share(session: Session, records: Sequence[int], visits: int, number: int) -> RawBatch:
+    """Return this rank's share of batch `number` of these records.
+
+    No sample shares its visit with another, of this batch or of any other: noise in common would make gradients alike.
+    """
     batches, group = session.micro_batches, session.group
-    slots = slots_of_part(len(draws), group.rank, batches.parts)
-    # Visits of training are far below: the probe's noise and caption are never those of an update.
-    own = [Draw(draws[slot].record, 2**40 + draws[slot].visit) for slot in slots]
-    return batches.collect(own, slots, len(draws), step)
+    slots = slots_of_part(len(records), group.rank, batches.parts)
+    first = visits + number * session.dataset.schedule.global_batch
+    draws = [Draw(records[slot], first + slot) for slot in slots]
+    return batches.collect(draws, slots, len(records), step=first)  # the step decides on strata, as the visit on noise
 
 
 def _probe(session: Session) -> Probe:
     return Probe(session.sdxl.unet, session.run.objective, session.run.precision, session.run.seed)
 
 
-def _everywhere(session: Session, raw: RawBatch, numbers: Sequence[Tensor]) -> tuple[Integers, list[Numbers]]:
-    """Return the picture and these numbers of the samples of all ranks; picture -1 where there is no caption."""
+def _everywhere(session: Session, batch: Batch, numbers: Sequence[Tensor]) -> tuple[Integers, list[Numbers]]:
+    """Return the picture and these numbers of the samples of all ranks; picture -1 where nothing is told of tags."""
     group, parts = session.group, session.micro_batches.parts
-    table = torch.zeros(1 + len(numbers), raw.global_batch // parts * group.world_size, dtype=torch.float64)
-    own = slice(group.rank * len(raw.slots), (group.rank + 1) * len(raw.slots))
-    table[0, own] = torch.tensor(raw.tagged, dtype=torch.float64)
+    table = torch.zeros(1 + len(numbers), batch.global_batch // parts * group.world_size, dtype=torch.float64)
+    own = slice(group.rank * len(batch.slots), (group.rank + 1) * len(batch.slots))
+    table[0, own] = torch.tensor(batch.tagged, dtype=torch.float64)
     for row, number_B in enumerate(numbers, 1):
         table[row, own] = number_B.cpu()
     picture_G, *rest = group.sum(table).numpy()

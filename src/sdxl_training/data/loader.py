@@ -288,7 +288,7 @@ def to_batch(raw: RawBatch, encode_text: EncodeText, encode_pixels: EncodePixels
 
     Captions that keep_B drops get zero text and zero pooled text, SDXL's own null conditioning
     (`force_zeros_for_empty_prompt` in its diffusers pipeline); their size conditioning stays. A picture without a
-    finite latent gets weight 0.
+    finite latent gets weight 0 and is no longer among `tagged`: its loss, of noise alone, says nothing of its tags.
     """
     keep_B = raw.keep_B.to(device, non_blocking=True)
     text_BLD, pooled_BP = _text_states(raw, encode_text, device)
@@ -299,11 +299,13 @@ def to_batch(raw: RawBatch, encode_text: EncodeText, encode_pixels: EncodePixels
     )
     latents_BCHW = raw.latents_BCHW.to(device, non_blocking=True)
     weight_B = raw.weight_B.to(device, non_blocking=True)
+    lost: set[int] = set()
     if raw.unencoded:
         latents_BCHW, weight_B = latents_BCHW.clone(), weight_B.clone()
         for b, latent in zip(raw.unencoded, encode_pixels(list(raw.unencoded.values())), strict=True):
             if latent is None:
                 weight_B[b] = 0.0
+                lost.add(b)
             else:
                 latents_BCHW[b] = torch.addcmul(latent[0], latent[1], latents_BCHW[b])
     return Batch(
@@ -316,7 +318,7 @@ def to_batch(raw: RawBatch, encode_text: EncodeText, encode_pixels: EncodePixels
         step=raw.step,
         slots=raw.slots,
         global_batch=raw.global_batch,
-        tagged=raw.tagged,
+        tagged=tuple(-1 if b in lost else picture for b, picture in enumerate(raw.tagged)),
     )
 
 

@@ -19,6 +19,7 @@ from sdxl_training.records import Batch, Conditioning
 from sdxl_training.training.step import sample_errors
 from sdxl_training.weighting.watch import level_bins
 
+SCALE = 2.0**12  # of the meta loss in its backward pass: fp16 would flush its gradients to zero; no other type sees it
 CHANGE = 0.02  # share of the meta loss by which the probe moves it, to first order
 
 
@@ -58,8 +59,16 @@ def inner_products(
     meta: Batch,
     mean_over_ranks: Callable[[Tensor], Tensor],
 ) -> Tensor:
-    """Return <grad l_i, grad L_meta> over these parameters for each sample of `batch`; see `products`."""
-    return products(parameters, lambda: probe.losses(batch), lambda: probe.losses(meta).mean(), mean_over_ranks)
+    """Return <grad l_i, grad L_meta> over these parameters for each sample of `batch`; see `products`.
+
+    L_meta: the mean loss of `meta`, in which samples of weight 0 count nothing; other weights are not heeded.
+    """
+
+    def meta_loss() -> Tensor:
+        losses_B = probe.losses(meta)
+        return torch.where(meta.weight_B > 0, losses_B, torch.zeros_like(losses_B)).mean()
+
+    return products(parameters, lambda: probe.losses(batch), meta_loss, mean_over_ranks)
 
 
 def products(
@@ -75,9 +84,9 @@ def products(
     vanishes or is not finite.
     """
     own_loss = meta_loss()
-    gradient = torch.autograd.grad(own_loss, parameters, allow_unused=True)
+    gradient = torch.autograd.grad(own_loss * SCALE, parameters, allow_unused=True)
     direction = [
-        mean_over_ranks(torch.zeros_like(parameter) if part is None else part.float())
+        mean_over_ranks(torch.zeros_like(parameter) if part is None else part.float() / SCALE)
         for part, parameter in zip(gradient, parameters, strict=True)
     ]
     loss = mean_over_ranks(own_loss.detach())

@@ -1,9 +1,11 @@
-"""Batches in which rare tags are as frequent as common ones.
+"""Batches in which every tag is drawn as often as any other, however rare.
 
-Shape legend: P pictures, M pictures to choose from, K tags.
+Shape legend: P pictures, N records (a picture may have several, in different buckets), K tags.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.random import Generator
@@ -13,22 +15,35 @@ from sdxl_training.weighting.tag_lists import Integers, Numbers, TagLists
 LEAST_PICTURES = 5  # of a tag that is balanced: rarer ones are mostly typing errors
 
 
-def balanced_odds(lists: TagLists, picture_M: Integers) -> Numbers:
-    """Return the probability of each picture where first a tag is drawn, evenly, and then a picture that has it.
+def balanced_odds(lists: TagLists, picture_N: Integers) -> Numbers:
+    """Return the probability of each record where first a tag is drawn, evenly, and then a record that has it.
 
-    Tags on fewer than LEAST_PICTURES of these pictures are not drawn; where that leaves none, all pictures are as
-    likely.
+    Tags on fewer than LEAST_PICTURES pictures are not drawn, nor are those of categories that do not count; where that
+    leaves none, all records are as likely. A drawn picture brings its other tags along, so common tags are still seen
+    more often than rare ones, only not drawn more often.
     """
-    member_P = np.bincount(picture_M, minlength=len(lists)).astype(np.float64)
-    count_K = lists.count(member_P)
-    drawn_K = count_K >= LEAST_PICTURES
-    odds_M = lists.total(np.where(drawn_K, 1 / np.maximum(count_K, 1), 0.0))[picture_M]
-    total = odds_M.sum()
-    return odds_M / total if total > 0 else np.full(len(picture_M), 1 / len(picture_M))
+    records_P = np.bincount(picture_N, minlength=len(lists)).astype(np.float64)
+    enough_K = lists.count(np.minimum(records_P, 1.0)) >= LEAST_PICTURES
+    drawn_K = enough_K & (lists.share_C[lists.category_K] > 0)
+    odds_N = lists.total(np.where(drawn_K, 1 / np.maximum(lists.count(records_P), 1.0), 0.0))[picture_N]
+    total = odds_N.sum()
+    return odds_N / total if total > 0 else np.full(len(picture_N), 1 / len(picture_N))
 
 
-def draw_with_odds(odds_M: Numbers, count: int, generator: Generator) -> Integers:
+def draw_one_bucket(
+    odds_N: Numbers, members: Sequence[Integers], counts: Sequence[int], generator: Generator
+) -> Integers:
+    """Return records of one bucket, with replacement. members, counts: each bucket's records, and how many to draw.
+
+    A bucket is as likely as all its records together, so each draw is of any record by its odds: a rare tag comes as
+    often as if buckets did not matter, and where it comes, its bucket is mostly one that holds much of it.
+    """
+    bucket = int(draw_with_odds(np.array([odds_N[own].sum() for own in members]), 1, generator)[0])
+    return members[bucket][draw_with_odds(odds_N[members[bucket]], counts[bucket], generator)]
+
+
+def draw_with_odds(odds_N: Numbers, count: int, generator: Generator) -> Integers:
     """Return places of `count` draws with these probabilities, with replacement."""
-    reach_M = np.cumsum(odds_M)
-    places = np.searchsorted(reach_M, generator.random(count) * reach_M[-1], side="right")
-    return np.asarray(places.clip(0, len(odds_M) - 1))
+    reach_N = np.cumsum(odds_N)
+    places = np.searchsorted(reach_N, generator.random(count) * reach_N[-1], side="right")
+    return np.asarray(places.clip(0, len(odds_N) - 1))

@@ -4,8 +4,9 @@ Inspired by the margin generator of Jiang et al. (Dynamic Loss for Robust Learni
 there a margin is added to a class' logits, here to the logarithm of a tag's weight, since a diffusion model has
 neither classes nor logits.
 
-For L = (1 / B) sum w_i l_i and one SGD step of rate lr, d L_meta / d w_i = -(lr / B) <grad l_i, grad L_meta>. The rate
-only scales the margins' gradient, which Adam does not see, so it is left out.
+For L = (1 / B) sum w_i l_i and one SGD step of rate lr, d L_meta / d w_i = -(lr / B) <grad l_i, grad L_meta>. Here w_i
+is all that a sample's loss is multiplied by: the weight of its source times that of its tags. The rate only scales the
+margins' gradient, which Adam does not see, so it is left out.
 
 Shape legend: K tags, B samples of a training batch.
 """
@@ -49,9 +50,10 @@ class TagMargins:
     def learn(self, picture_B: Integers, weight_B: Numbers, inner_B: Numbers) -> None:
         """Descend L_meta by one measurement.
 
-        weight_B: the samples' weights now. inner_B: <grad l_i, grad L_meta>; samples where it is not finite are passed
-        over. ln w_i = A(phi)_i - ln Z with Z such that the mean weight is 1: within the batch the mean of the gradient
-        is taken out, as moving all weights at once changes nothing.
+        weight_B: what the samples' losses are multiplied by now, source weights included. inner_B: <grad l_i,
+        grad L_meta>; samples where it is not finite are passed over. ln w_i = A(phi)_i + ln s_i - ln Z, s_i of the
+        source, with Z such that the mean of w is 1: within the batch the mean of the gradient is taken out, as moving
+        all weights at once changes nothing.
         """
         finite_B = np.isfinite(inner_B)
         if not finite_B.any():
