@@ -17,7 +17,7 @@ from sdxl_training.tracking.charts import Line, line_chart
 from sdxl_training.tracking.report_plan import Section, Table, sections_as_html, sections_as_text
 from sdxl_training.weighting.normaliser import Figures
 from sdxl_training.weighting.tag_lists import Integers, Numbers
-from sdxl_training.weighting.tag_table import TagFigures, TagRow
+from sdxl_training.weighting.tag_table import BY_CHANCE, LEAST_SEEN, TagFigures, TagRow
 
 SHOWN = 200  # tags at either end of the frequencies
 CELLS = 20  # pictures at either end of the weights
@@ -172,19 +172,33 @@ class TagReport:
 
 def learned_sections(figures: TagFigures) -> list[Section]:
     """Return which concepts a run has learnt and which not, by their loss beside that of others."""
-    worse, better = figures.not_yet_learned(LEARNED_SHOWN), figures.learned(LEARNED_SHOWN)
+    if not figures.followed:
+        return [Section("Concepts", ["tag_weighting.statistics.enabled: false, so no tag's loss is followed"])]
+    judged, behind, ahead = (int(those.sum()) for those in (figures.judged(), figures.behind(), figures.ahead()))
+    if not judged:
+        return [Section("Concepts", [f"no tag has been seen {LEAST_SEEN} times yet"])]
+    worst, best = figures.not_yet_learned(LEARNED_SHOWN), figures.learned(LEARNED_SHOWN)
     return [
-        _learned_section("Concepts not yet learned", "tags whose pictures lose more than others do", worse),
-        _learned_section("Concepts already learned", "tags whose pictures lose less than others do", better),
+        _learned_section("Concepts not yet learned", "more", worst, behind, judged),
+        _learned_section("Concepts already learned", "less", best, ahead, judged),
     ]
 
 
-def _learned_section(title: str, line: str, rows: Sequence[TagRow]) -> Section:
+def _learned_section(title: str, how: str, rows: Sequence[TagRow], found: int, judged: int) -> Section:
+    """Return those that lose `how` than others. found: how many, of which `rows` are the first. judged: of how many."""
+    by_chance = f"{BY_CHANCE * judged:.0f}" if BY_CHANCE * judged >= 1 else "less than one"
+    lines = [
+        f"tags whose pictures lose {how} than those of other tags of their category at equal noise levels, by more "
+        "than two standard errors; in a model that has just begun this says which are easier",
+        f"{found:,} of {judged:,} tags seen {LEAST_SEEN} times or more; were all alike, chance alone would put "
+        f"{by_chance} here",
+    ]
     if not rows:
-        return Section(title, ["none has been seen often enough yet"])
+        return Section(title, lines)
     cells = [
         (
             f"{row.relative_loss:.3f}x",
+            f"{row.standard_errors:+.1f}",
             f"{100 * np.expm1(row.trend):+.1f} %",
             f"{row.weight:.2f}",
             f"{row.seen:,}",
@@ -194,9 +208,9 @@ def _learned_section(title: str, line: str, rows: Sequence[TagRow]) -> Section:
         )
         for row in rows
     ]
-    said = f"{line}, of the same category and at the same noise level; trend: how that has moved of late"
-    header = ("loss", "trend", "weight", "seen", "pictures", "category", "tag")
-    return Section(title, [said], Table(header, cells))
+    header = ("loss", "standard errors", "trend", "weight", "seen", "pictures", "category", "tag")
+    lines.append("loss: beside theirs, moved towards 1 for rare tags; trend: how that has changed of late")
+    return Section(title, lines, Table(header, cells, rows_in_all=found))
 
 
 def _category_section(categories: Sequence[CategoryRow]) -> Section:

@@ -11,11 +11,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sdxl_training.weighting.residuals import TagResiduals
 from sdxl_training.weighting.tag_lists import Numbers, TagLists
 
+Flags = NDArray[np.bool_]
 LEAST_SEEN = 20  # appearances before a tag is called learnt or not
+SURE = 2.0  # standard errors from the other tags' loss, likewise
+BY_CHANCE = 0.5 * math.erfc(SURE / math.sqrt(2))  # share of equal tags that chance alone takes so far to one side
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +27,8 @@ class TagRow:
     """One tag. pictures: with it. images: of an epoch. weight: mean weight of those images.
 
     seen: appearances in training. relative_loss: its loss over that of other tags of its category at equal noise
-    levels, shrunk to 1 for rare tags; 1 where nothing is known. trend: ln of how that has moved of late, below 0: down.
+    levels, shrunk to 1 for rare tags; 1 where nothing is known. standard_errors: how far above theirs it is, below 0:
+    under it. trend: ln of how that has moved of late, below 0: down.
     """
 
     tag: str
@@ -33,12 +38,13 @@ class TagRow:
     weight: float
     seen: int = 0
     relative_loss: float = 1.0
+    standard_errors: float = 0.0
     trend: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)
 class TagFigures:
-    """Columns of all tags, from which rows are made."""
+    """Columns of all tags, from which rows are made. followed: whether losses are noted."""
 
     lists: TagLists
     pictures_K: Numbers
@@ -46,7 +52,9 @@ class TagFigures:
     weight_K: Numbers
     seen_K: Numbers
     relative_K: Numbers
+    standard_errors_K: Numbers
     trend_K: Numbers
+    followed: bool
 
     def row(self, number: int) -> TagRow:
         """Return the row of a tag."""
@@ -58,6 +66,7 @@ class TagFigures:
             weight=round(float(self.weight_K[number]), 4),
             seen=int(self.seen_K[number]),
             relative_loss=round(math.exp(self.relative_K[number]), 4),
+            standard_errors=round(float(self.standard_errors_K[number]), 2),
             trend=round(float(self.trend_K[number]), 4),
         )
 
@@ -73,13 +82,25 @@ class TagFigures:
         """Return the tags of fewest images that some image has."""
         return self.rows(_largest(np.where(self.images_K > 0, -self.images_K, -np.inf), count))
 
+    def judged(self) -> Flags:
+        """Return which tags have been seen often enough to be called learnt or not."""
+        return np.asarray(self.seen_K >= LEAST_SEEN)
+
+    def behind(self) -> Flags:
+        """Return which tags surely lose more than others."""
+        return np.asarray(self.judged() & (self.standard_errors_K > SURE) & (self.relative_K > 0))
+
+    def ahead(self) -> Flags:
+        """Return which tags surely lose less than others."""
+        return np.asarray(self.judged() & (self.standard_errors_K < -SURE) & (self.relative_K < 0))
+
     def not_yet_learned(self, count: int) -> tuple[TagRow, ...]:
-        """Return tags whose loss is above the others', the worst first."""
-        return self.rows(_largest(np.where(self._judged & (self.relative_K > 0), self.relative_K, -np.inf), count))
+        """Return tags that surely lose more than others, the worst first."""
+        return self.rows(_largest(np.where(self.behind(), self.relative_K, -np.inf), count))
 
     def learned(self, count: int) -> tuple[TagRow, ...]:
-        """Return tags whose loss is below the others', the best first."""
-        return self.rows(_largest(np.where(self._judged & (self.relative_K < 0), -self.relative_K, -np.inf), count))
+        """Return tags that surely lose less than others, the best first."""
+        return self.rows(_largest(np.where(self.ahead(), -self.relative_K, -np.inf), count))
 
     def spread_over_frequency(self, count: int) -> list[int]:
         """Return the numbers of so many tags from the commonest to the rarest on several pictures, evenly by rank."""
@@ -87,10 +108,6 @@ class TagFigures:
         frequent = frequent[self.pictures_K[frequent] > 1]
         places = np.unique(np.linspace(0, len(frequent) - 1, min(count, len(frequent))).astype(int))
         return [int(number) for number in frequent[places]]
-
-    @property
-    def _judged(self) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
-        return np.asarray(self.seen_K >= LEAST_SEEN)
 
 
 def tag_figures(
@@ -104,13 +121,13 @@ def tag_figures(
     """Return the columns. weight_P: the pictures' weights now. residuals: None before training."""
     share_K = lists.count(share_P)
     weight_K = np.divide(lists.count(share_P * weight_P), share_K, out=np.ones_like(share_K), where=share_K > 0)
-    nothing = np.zeros(len(images_K))
     if residuals is None:
-        return TagFigures(lists, pictures_K, images_K, weight_K, nothing, nothing, nothing)
+        nothing = np.zeros(len(images_K))
+        return TagFigures(lists, pictures_K, images_K, weight_K, nothing, nothing, nothing, nothing, followed=False)
     seen_K = residuals.seen()
-    known_K = seen_K > 0
-    relative_K, trend_K = residuals.relative() * known_K, residuals.trend() * known_K
-    return TagFigures(lists, pictures_K, images_K, weight_K, seen_K, relative_K, trend_K)
+    about = (residuals.relative(), residuals.standard_errors(), residuals.trend())
+    relative_K, errors_K, trend_K = (np.where(seen_K > 0, value_K, 0.0) for value_K in about)
+    return TagFigures(lists, pictures_K, images_K, weight_K, seen_K, relative_K, errors_K, trend_K, followed=True)
 
 
 def _largest(value_K: Numbers, count: int) -> list[int]:
