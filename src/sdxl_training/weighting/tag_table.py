@@ -26,9 +26,10 @@ BY_CHANCE = 0.5 * math.erfc(SURE / math.sqrt(2))  # share of equal tags that cha
 class TagRow:
     """One tag. pictures: with it. images: of an epoch. weight: mean weight of those images.
 
-    seen: appearances in training. relative_loss: its loss over that of other tags of its category at equal noise
-    levels, shrunk to 1 for rare tags; 1 where nothing is known. standard_errors: how far above theirs it is, below 0:
-    under it. trend: ln of how that has moved of late, below 0: down.
+    static_factor: how much the tag itself counts by frequency or override, None where nobody has looked. seen:
+    appearances in training. relative_loss: its loss over that of other tags of its category at equal noise levels,
+    shrunk to 1 for rare tags; 1 where nothing is known. standard_errors: how far above theirs it is, below 0: under
+    it. trend: ln of how that has moved of late, below 0: down.
     """
 
     tag: str
@@ -36,6 +37,7 @@ class TagRow:
     pictures: int
     images: int
     weight: float
+    static_factor: float | None = None
     seen: int = 0
     relative_loss: float = 1.0
     standard_errors: float = 0.0
@@ -44,7 +46,10 @@ class TagRow:
 
 @dataclass(frozen=True, eq=False)
 class TagFigures:
-    """Columns of all tags, from which rows are made. followed: whether losses are noted."""
+    """Columns of all tags, from which rows are made.
+
+    share_P, weight_P: of the pictures. static_K: the tags' log weights. followed: whether losses are noted.
+    """
 
     lists: TagLists
     pictures_K: Numbers
@@ -54,6 +59,9 @@ class TagFigures:
     relative_K: Numbers
     standard_errors_K: Numbers
     trend_K: Numbers
+    share_P: Numbers
+    weight_P: Numbers
+    static_K: Numbers | None
     followed: bool
 
     def row(self, number: int) -> TagRow:
@@ -64,6 +72,7 @@ class TagFigures:
             pictures=int(self.pictures_K[number]),
             images=int(self.images_K[number]),
             weight=round(float(self.weight_K[number]), 4),
+            static_factor=None if self.static_K is None else round(math.exp(self.static_K[number]), 4),
             seen=int(self.seen_K[number]),
             relative_loss=round(math.exp(self.relative_K[number]), 4),
             standard_errors=round(float(self.standard_errors_K[number]), 2),
@@ -117,17 +126,30 @@ def tag_figures(
     share_P: Numbers,
     weight_P: Numbers,
     residuals: TagResiduals | None = None,
+    static_K: Numbers | None = None,
 ) -> TagFigures:
     """Return the columns. weight_P: the pictures' weights now. residuals: None before training."""
     share_K = lists.count(share_P)
     weight_K = np.divide(lists.count(share_P * weight_P), share_K, out=np.ones_like(share_K), where=share_K > 0)
-    if residuals is None:
-        nothing = np.zeros(len(images_K))
-        return TagFigures(lists, pictures_K, images_K, weight_K, nothing, nothing, nothing, nothing, followed=False)
-    seen_K = residuals.seen()
-    about = (residuals.relative(), residuals.standard_errors(), residuals.trend())
-    relative_K, errors_K, trend_K = (np.where(seen_K > 0, value_K, 0.0) for value_K in about)
-    return TagFigures(lists, pictures_K, images_K, weight_K, seen_K, relative_K, errors_K, trend_K, followed=True)
+    seen_K = relative_K = errors_K = trend_K = np.zeros(len(images_K))
+    if residuals is not None:
+        seen_K = residuals.seen()
+        about = (residuals.relative(), residuals.standard_errors(), residuals.trend())
+        relative_K, errors_K, trend_K = (np.where(seen_K > 0, value_K, 0.0) for value_K in about)
+    return TagFigures(
+        lists,
+        pictures_K,
+        images_K,
+        weight_K,
+        seen_K,
+        relative_K,
+        errors_K,
+        trend_K,
+        share_P,
+        weight_P,
+        static_K,
+        followed=residuals is not None,
+    )
 
 
 def _largest(value_K: Numbers, count: int) -> list[int]:
