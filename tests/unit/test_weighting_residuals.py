@@ -133,6 +133,61 @@ def test_a_loss_counts_half_after_so_many_appearances():
     assert residuals.seen().tolist() == [50.0]
 
 
+# --- how sure it is ---------------------------------------------------------------------------------------------------
+
+
+def of_forty_tags(updates: int, rule: ResidualRule, seed: int, hard: float = 1.0) -> np.ndarray:
+    """Return the standard errors of 40 tags of unequal frequency, alike but for tag 20, after so many updates of 16."""
+    residuals = TagResiduals(lists_of([[f"t{k:02d}"] for k in range(40)]), rule)
+    generator, odds = np.random.default_rng(seed), 1 / np.arange(1, 41)
+    for _ in range(updates):
+        picture_G, level_G = generator.choice(40, 16, p=odds / odds.sum()), generator.integers(0, LEVELS, 16)
+        of_tag_G = np.where(picture_G == 20, hard, 1.0)
+        residuals.see(
+            picture_G, level_G, level_factor(level_G) * of_tag_G * np.exp(0.5 * generator.standard_normal(16))
+        )
+    return residuals.standard_errors()[residuals.seen() >= 20]
+
+
+@pytest.mark.parametrize(("updates", "half_life"), [(200, 200.0), (800, 200.0), (800, 20.0)])
+def test_tags_that_are_alike_are_two_standard_errors_away_as_often_as_chance_says(updates, half_life):
+    errors = np.concatenate([of_forty_tags(updates, ResidualRule(half_life), seed) for seed in range(6)])
+    assert np.mean(errors > 2) < 0.06
+    assert np.mean(errors < -2) < 0.06
+    assert np.std(errors) == pytest.approx(1, abs=0.2)
+
+
+def test_a_tag_that_loses_more_is_many_standard_errors_away():
+    errors = of_forty_tags(800, ResidualRule(), 0, hard=1.5)
+    assert np.argmax(errors) == 20
+    assert errors[20] > 4
+
+
+def test_a_standard_error_is_that_of_the_mean_by_hand():
+    """Two tags, each alone on its pictures, of a category each: with a half-life that long, what statistics says."""
+    residuals = TagResiduals(lists_of([["a"], ["b"]]), ResidualRule(half_life=1e12))
+    generator, told = np.random.default_rng(0), ([], [])
+    for _ in range(30):
+        loss_2, mean = np.exp(generator.standard_normal(2)), residuals.state()["level_mean"][0]
+        for tag in range(2):
+            told[tag].append(math.log(loss_2[tag]) - mean)
+        residuals.see(np.arange(2), np.zeros(2, np.int64), loss_2)
+    first, second = (np.array(own[1:]) for own in told)  # the level's first losses say nothing
+    assert np.max(np.abs([first, second])) < 3, "nothing was clipped"
+    half = (first.mean() - second.mean()) / 2
+    expected = [half / (first.std(ddof=1) / 29**0.5), -half / (second.std(ddof=1) / 29**0.5)]
+    np.testing.assert_allclose(residuals.standard_errors(), expected, rtol=1e-9)
+
+
+def test_what_was_seen_once_or_never_is_not_judged():
+    residuals = TagResiduals(lists_of([["often"], ["once"]], names=["never"]), ResidualRule())
+    for pictures in ([0, 0], [0, 0], [0, 1]):
+        residuals.see(np.array(pictures), np.zeros(2, np.int64), np.array([1.0, 2.0]))
+    errors = dict(zip(residuals.lists.names_K, residuals.standard_errors(), strict=True))
+    assert errors["never"] == errors["once"] == 0
+    assert errors["often"] != 0
+
+
 # --- however it is cut -----------------------------------------------------------------------------------------------
 
 samples = st.lists(

@@ -61,8 +61,29 @@ def test_losses_are_shown_of_tags_that_were_seen_often_enough():
     assert rows["b"].relative_loss / rows["a"].relative_loss == pytest.approx(
         math.exp(residuals.relative()[1] - residuals.relative()[0]), rel=1e-3
     )
-    assert (rows["d"].seen, rows["d"].relative_loss, rows["d"].trend) == (0, 1.0, 0.0)
+    assert rows["b"].standard_errors > 2 > -2 > rows["a"].standard_errors
+    assert (rows["d"].seen, rows["d"].relative_loss, rows["d"].standard_errors, rows["d"].trend) == (0, 1.0, 0.0, 0.0)
     few = TagResiduals(LISTS, ResidualRule(1e6, 0.0))
     for _ in range(LEAST_SEEN):
         few.see(np.array([0, 1, 1, 1]), np.zeros(4, np.int64), np.array([2.0, 1.0, 1.0, 1.0]))
     assert names(figures(few).not_yet_learned(9)) == [], "one appearance too few"
+
+
+def test_of_tags_that_are_alike_hardly_any_is_called_learned_or_not():
+    """Half of them lose more than the mean, whatever has been learnt."""
+    lists = lists_of([[f"t{k:02d}"] for k in range(40)])
+    behind = ahead = found = 0
+    for seed in range(5):
+        generator, residuals = np.random.default_rng(seed), TagResiduals(lists, ResidualRule())
+        for _ in range(200):
+            loss_G = np.exp(0.5 * generator.standard_normal(16))
+            picture_G = generator.integers(0, 40, 16)
+            loss_G[picture_G == 7] *= 1.6
+            residuals.see(picture_G, generator.integers(0, 32, 16), loss_G)
+        known = tag_figures(lists, lists.count(), lists.count(), np.ones(40), np.ones(40), residuals)
+        assert known.judged().all()
+        assert names(known.not_yet_learned(1)) == ["t07"]
+        behind, ahead = behind + int(known.behind().sum()) - 1, ahead + int(known.ahead().sum())
+        found += len(known.not_yet_learned(99)) - 1 + len(known.learned(99))
+    assert behind + ahead == found
+    assert max(behind, ahead) < 0.06 * 5 * 40

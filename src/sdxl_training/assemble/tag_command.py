@@ -11,11 +11,11 @@ from sdxl_training.assemble.tag_report import TagReport
 from sdxl_training.assemble.weighting import count_tags
 from sdxl_training.config.load import LoadedConfig
 from sdxl_training.config.schema import Config
-from sdxl_training.data.contact_sheet import draw_sheet, write_sheet
+from sdxl_training.data.contact_sheet import write_sheet
 from sdxl_training.records import UserError
 from sdxl_training.tracking.progress import ConsoleProgress, open_log
 from sdxl_training.tracking.report import write_page
-from sdxl_training.weighting.normaliser import Bounds, figures_of, weights_of
+from sdxl_training.weighting.normaliser import Bounds, weights_of
 from sdxl_training.weighting.tag_table import tag_figures
 
 
@@ -26,6 +26,8 @@ def tags(loaded: LoadedConfig, as_json: bool, sheet_file: Path | None, page_file
     page_file: where everything, with plots, is written to (HTML). Raises UserError where a file cannot be written, or
     where there are no tags.
     """
+    _refuse_nameless("--sheet", sheet_file)
+    _refuse_nameless("--page", page_file)
     console = Console(stderr=as_json)  # so that the JSON is all there is on the standard output
     open_log(None, console)
     progress = ConsoleProgress(console)
@@ -37,20 +39,31 @@ def tags(loaded: LoadedConfig, as_json: bool, sheet_file: Path | None, page_file
         console.print(said, markup=False, highlight=False, soft_wrap=True)
     if sheet_file is None and page_file is None:
         return
-    cells = report.cells()
-    sheet = draw_sheet(cells, background=loaded.config.data.preprocessing.background) if len(cells) else None
-    if sheet_file is not None and sheet is not None:
+    sheet = report.sheet(loaded.config.data.preprocessing.background)
+    if sheet_file is not None and sheet is None:
+        progress.message("all pictures count the same, so there is no contact sheet")
+    elif sheet_file is not None and sheet is not None:
         write_sheet(sheet, sheet_file)
         progress.message(f"the pictures that count least and most: {sheet_file}")
     if page_file is not None:
-        try:
-            write_page(page_file, "Tags", {"Counts and weights": report.html(sheet)})
-        except OSError as error:
-            raise UserError(
-                f"--page = {page_file}: cannot be written ({error.strerror or error}). Give a file in a folder that is "
-                "there and can be written."
-            ) from error
+        _write_page(page_file, report.html(sheet))
         progress.message(f"everything on one page: {page_file}")
+
+
+def _write_page(file: Path, html: str) -> None:
+    try:
+        write_page(file, "Tags", {"Counts and weights": html})
+    except OSError as error:
+        raise UserError(
+            f"--page = {file}: cannot be written ({error.strerror or error}). Give a file in a folder that is there "
+            "and can be written."
+        ) from error
+
+
+def _refuse_nameless(option: str, file: Path | None) -> None:
+    """Raise UserError for a path such as "" that names no file."""
+    if file is not None and not file.name:
+        raise UserError(f"{option} = {file}: names no file. Give one to write, or leave {option} away.")
 
 
 def make_tag_report(config: Config, found: FoundPictures) -> TagReport:
@@ -64,7 +77,7 @@ def make_tag_report(config: Config, found: FoundPictures) -> TagReport:
     section = config.tag_weighting
     bounds = Bounds(section.bounds.least, section.bounds.most)
     weight_P = weights_of(counts.static_P, counts.share_P, bounds)
-    figures = tag_figures(counts.lists, counts.pictures_K, counts.images_K, counts.share_P, weight_P)
-    return TagReport(
-        found, figures, counts.share_P, weight_P, figures_of(weight_P, counts.share_P, bounds), config.tag_weighting
+    figures = tag_figures(
+        counts.lists, counts.pictures_K, counts.images_K, counts.share_P, weight_P, static_K=counts.static_K
     )
+    return TagReport(found, figures, section)

@@ -115,6 +115,8 @@ def _lines_below(number: int, cell: Cell, font: Font) -> list[tuple[str, RGB]]:
 
 def write_sheet(sheet: Image.Image, path: Path) -> Path:
     """Write a sheet as PNG by temporary name and rename. Raises UserError where that cannot be done."""
+    if not path.name:
+        raise UserError(f"{path}: names no file, so the contact sheet cannot be written. Give one, such as sheet.png.")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:

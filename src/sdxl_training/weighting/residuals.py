@@ -19,6 +19,7 @@ LEVELS = 32
 LEVEL_DECAY = 0.99  # of a level's mean log loss, per loss
 LARGEST = 3.0  # residual: a factor of 20; in gains of captions: spreads
 FASTER = 4  # so many times shorter is the memory that the trend compares with
+SMALLEST_ERROR = 1e-9  # of a mean residual: rounding alone sets no tag apart
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +41,8 @@ class TagResiduals:
         self._seen_K = np.zeros(tags)
         # Discounted number and sum of residuals, with the long memory and with the short one.
         self._number_2K, self._sum_2K = np.zeros((2, tags)), np.zeros((2, tags))
+        # With the long memory: discounted sum of squared residuals, and sum of squared discounts.
+        self._squares_K, self._squared_discounts_K = np.zeros(tags), np.zeros(tags)
         self._decay_2 = 0.5 ** (np.array([1.0, FASTER]) / rule.half_life)
 
     def see(self, picture_G: Integers, level_G: Integers, loss_G: Numbers) -> None:
@@ -63,10 +66,13 @@ class TagResiduals:
         tag_U, where_T = np.unique(np.concatenate(tags), return_inverse=True)
         count_U = np.bincount(where_T, minlength=len(tag_U))
         sum_U = np.bincount(where_T, residual_T, minlength=len(tag_U))
+        squares_U = np.bincount(where_T, residual_T**2, minlength=len(tag_U))
         keep_2U = self._decay_2[:, None] ** count_U
         self._seen_K[tag_U] += count_U
         self._number_2K[:, tag_U] = keep_2U * self._number_2K[:, tag_U] + count_U
         self._sum_2K[:, tag_U] = keep_2U * self._sum_2K[:, tag_U] + sum_U
+        self._squares_K[tag_U] = keep_2U[0] * self._squares_K[tag_U] + squares_U
+        self._squared_discounts_K[tag_U] = keep_2U[0] ** 2 * self._squared_discounts_K[tag_U] + count_U
 
     def _move_levels(self, level_G: Integers, log_G: Numbers) -> None:
         count_L = np.bincount(level_G, minlength=LEVELS)
@@ -90,6 +96,20 @@ class TagResiduals:
         """
         number_K = self._number_2K[0]
         return self._centred(_share(self._sum_2K[0], number_K + self.rule.shrinkage), number_K)
+
+    def standard_errors(self) -> Numbers:
+        """Return how many standard errors each tag's mean residual, not shrunk, lies above the mean of its category.
+
+        A standard error is sigma / sqrt(n): sigma of the tag's own residuals, n the number of equal appearances that
+        would vary as much as its discounted ones. 0 for tags that have been seen less than twice.
+        """
+        number_K = self._number_2K[0]
+        mean_K = _share(self._sum_2K[0], number_K)
+        effective_K = _share(number_K**2, self._squared_discounts_K)
+        variance_K = np.maximum(_share(self._squares_K, number_K) - mean_K**2, 0.0)
+        error_K = np.sqrt(_share(variance_K, effective_K - 1))  # n - 1: the variance is about the tag's own mean
+        above_K = self._centred(mean_K, number_K) / np.maximum(error_K, SMALLEST_ERROR)
+        return np.where(effective_K > 1, above_K, 0.0)
 
     def trend(self) -> Numbers:
         """Return how z has lately moved; below 0 a tag catches up, and where nothing moves it is 0.
@@ -120,6 +140,8 @@ class TagResiduals:
             "seen": self._seen_K,
             "number": self._number_2K,
             "sum": self._sum_2K,
+            "squares": self._squares_K,
+            "squared_discounts": self._squared_discounts_K,
         }
 
     def load(self, state: Mapping[str, Numbers]) -> None:
@@ -129,6 +151,7 @@ class TagResiduals:
         self._level_mean_L, self._level_count_L = state["level_mean"].copy(), state["level_count"].copy()
         self._seen_K = state["seen"].copy()
         self._number_2K, self._sum_2K = state["number"].copy(), state["sum"].copy()
+        self._squares_K, self._squared_discounts_K = state["squares"].copy(), state["squared_discounts"].copy()
 
 
 def _share(sum_K: Numbers, number_K: Numbers) -> Numbers:
