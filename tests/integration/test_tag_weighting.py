@@ -20,7 +20,14 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from sdxl_training.assemble import tag_actions as tag_actions_module
-from sdxl_training.assemble.tag_actions import CaptionProbe, MarginProbe, _probe, probe_batch, tag_actions
+from sdxl_training.assemble.tag_actions import (
+    CaptionProbe,
+    MarginProbe,
+    _probe,
+    probe_batch,
+    rehearse_probes,
+    tag_actions,
+)
 from sdxl_training.config.schema import Config
 from sdxl_training.data.loader import MicroBatches, RawBatch
 from sdxl_training.model.text import encode_text
@@ -34,6 +41,7 @@ from sdxl_training.training.step import add_gradients, loss_per_sample
 from sdxl_training.weighting.margins import TagMargins
 from sdxl_training.weighting.picture_weights import PictureWeights
 from sdxl_training.weighting.trust import TrustRule
+from tests.integration.conftest import Trainer
 from tests.integration.tag_run import flat, make_updates, open_for
 from tests.unit.test_probes import exact_products
 
@@ -448,3 +456,37 @@ def test_a_run_goes_on_where_tags_json_cannot_be_written(tiny_model: Path, long_
     assert [text for text in heard if "tags.json" in text] == [
         f"step {step}: {in_its_place} cannot be written: Is a directory" for step in (2, 4)
     ]
+
+
+# --- before training -------------------------------------------------------------------------------------------------
+
+
+def test_what_a_rehearsal_measures_is_forgotten(
+    two_sources: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = two_sources({"static": STATIC, "dynamic": META, "trust": TRUST})
+    with closing(open_for(config, tmp_path / "run", ALONE)) as session:
+        gains, margins = session.tags.gains, session.tags.margins
+        assert gains is not None
+        assert margins is not None
+        measured: list[str] = []
+        monkeypatch.setattr(gains, "see", lambda *_: measured.append("trust"))
+        monkeypatch.setattr(margins, "learn", lambda *_: measured.append("margins"))
+        rehearse_probes(session)
+        assert measured == ["trust", "margins"]
+        monkeypatch.undo()
+        before = {name: value.copy() for each in (gains, margins) for name, value in each.state().items()}
+        gradients = [parameter.grad for parameter in session.sdxl.unet.parameters()]
+        rehearse_probes(session)
+        after = {name: value for each in (gains, margins) for name, value in each.state().items()}
+        assert before.keys() == after.keys()
+        assert all(np.array_equal(value, after[name]) for name, value in before.items())
+        assert [parameter.grad for parameter in session.sdxl.unet.parameters()] == gradients == [None] * len(gradients)
+
+
+def test_parameters_that_nothing_is_called_end_a_dry_run(trainer: Trainer) -> None:
+    said = trainer.run(
+        "--dry-run", "--set", "tag_weighting.dynamic={type: meta, parameters: [nonsense.*], warmup_steps: 2}", status=2
+    )
+    assert "tag_weighting.dynamic.parameters: no parameter of the U-Net is called nonsense.*" in said
+    assert "tag_weighting: all pictures count the same; weights follow the training" in said

@@ -33,18 +33,34 @@ TAGS_WRITTEN = 1000  # the most frequent ones; of a million, all would be a hund
 
 def tag_actions(session: Session, trackers: Trackers) -> list[Action]:
     """Return what is done after updates, in this order, before anything is saved."""
-    section, tags, seed = session.config.tag_weighting, session.tags, session.config.global_config.seed
-    actions: list[Action] = []
-    if tags.gains is not None and isinstance(section.trust, NullProbeTrust):
-        actions.append(_each(section.trust.probe_steps, CaptionProbe(session, tags.gains, seed)))
-    if tags.margins is not None and isinstance(section.dynamic, MetaLearnedWeights):
-        learn = MarginProbe(session, tags.margins, section.dynamic.parameters, seed)
-        actions.append(_each(section.dynamic.probe_steps, learn))
+    section, tags = session.config.tag_weighting, session.tags
+    actions: list[Action] = [_each(steps, probe) for steps, probe in _probes(session)]
     if tags.weights.moves:
         actions.append(Within(section.refresh_steps, tags.weights.refresh))
     if tags.counts is not None and section.statistics.enabled and session.group.is_main:
         actions.append(Every(section.statistics.every_steps, _writer(session, trackers, section.statistics.tracked)))
     return actions
+
+
+def rehearse_probes(session: Session) -> None:
+    """Make every probe once and forget what it found: what fails or does not fit the memory must not do so later."""
+    for _, probe in _probes(session):
+        learner = probe.learner
+        before = {name: value.copy() for name, value in learner.state().items()}
+        probe(0)
+        learner.load(before)
+
+
+def _probes(session: Session) -> list[tuple[int, CaptionProbe | MarginProbe]]:
+    """Return what measures, and every how many steps. Raises UserError for parameters that the U-Net does not have."""
+    section, tags, seed = session.config.tag_weighting, session.tags, session.config.global_config.seed
+    probes: list[tuple[int, CaptionProbe | MarginProbe]] = []
+    if tags.gains is not None and isinstance(section.trust, NullProbeTrust):
+        probes.append((section.trust.probe_steps, CaptionProbe(session, tags.gains, seed)))
+    if tags.margins is not None and isinstance(section.dynamic, MetaLearnedWeights):
+        learn = MarginProbe(session, tags.margins, section.dynamic.parameters, seed)
+        probes.append((section.dynamic.probe_steps, learn))
+    return probes
 
 
 def _each(steps: int, probe: Callable[[int], None]) -> Within:
@@ -96,7 +112,7 @@ class CaptionProbe:
     """Measures how much captions help, on a batch of its own."""
 
     def __init__(self, session: Session, gains: CaptionGains, seed: int) -> None:
-        self._session, self._gains, self._seed = session, gains, seed
+        self._session, self.learner, self._seed = session, gains, seed
 
     def __call__(self, number: int) -> None:
         """Measure batch `number`; all ranks learn of all samples."""
@@ -106,7 +122,7 @@ class CaptionProbe:
         gain_B, level_B = caption_gains(_probe(self._session), batch, null)
         picture_G, (level_G, gain_G) = _everywhere(self._session, batch, [level_B.double(), gain_B.double()])
         told_G = picture_G >= 0
-        self._gains.see(picture_G[told_G], level_G[told_G].astype(np.int64), gain_G[told_G])
+        self.learner.see(picture_G[told_G], level_G[told_G].astype(np.int64), gain_G[told_G])
 
 
 class MarginProbe:
@@ -116,7 +132,7 @@ class MarginProbe:
     """
 
     def __init__(self, session: Session, margins: TagMargins, patterns: Sequence[str], seed: int) -> None:
-        self._session, self._margins, self._seed = session, margins, seed
+        self._session, self.learner, self._seed = session, margins, seed
         self._parameters = _chosen(session.sdxl.unet, patterns)
         self._odds_N = balanced_odds(margins.lists, session.dataset.plan.picture_N)
 
@@ -131,7 +147,7 @@ class MarginProbe:
         )
         picture_G, (weight_G, inner_G) = _everywhere(session, batch, [batch.weight_B.double(), inner_B.double()])
         told_G = picture_G >= 0
-        self._margins.learn(picture_G[told_G], weight_G[told_G], inner_G[told_G])
+        self.learner.learn(picture_G[told_G], weight_G[told_G], inner_G[told_G])
 
     def meta_batch(self, number: int) -> RawBatch:
         """Return this rank's share of a batch in which all tags are drawn as often.

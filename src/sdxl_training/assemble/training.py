@@ -25,8 +25,8 @@ from sdxl_training.assemble.folder import RunFolder, run_folder
 from sdxl_training.assemble.planning import make_report, worst_crops
 from sdxl_training.assemble.resume import find_start, snapshot
 from sdxl_training.assemble.session import Session, open_session
-from sdxl_training.assemble.tag_actions import figures_now, tag_actions
-from sdxl_training.assemble.tag_report import learned_sections
+from sdxl_training.assemble.tag_actions import figures_now, rehearse_probes, tag_actions
+from sdxl_training.assemble.tag_report import sections_of_run, weight_lines
 from sdxl_training.config import notes
 from sdxl_training.config.load import LoadedConfig
 from sdxl_training.parallel.group import Group, process_group
@@ -84,6 +84,7 @@ def train(loaded: LoadedConfig, resume: str, dry_run: bool) -> None:
             if report.cache is not None:
                 progress.message(f"latents: {report.cache.counted}")
             session.data_page = report.html(worst_crops(config, found))
+            _note_weights(session)
         del checkpoint  # while its files are mapped, deleting them frees no disk space
         if first_step == 0:
             check_base(session)
@@ -133,6 +134,14 @@ def _note_configuration(folder: RunFolder, loaded: LoadedConfig, first_step: int
         progress.message("settings that differ from before:\n  " + "\n  ".join(changes))
 
 
+def _note_weights(session: Session) -> None:
+    """Say what pictures count by their tags, where they do."""
+    section = session.config.tag_weighting
+    figures = figures_now(session) if section.changes_weights else None
+    if figures is not None:
+        session.progress.message(f"tag_weighting: {'; '.join(weight_lines(figures, section))}")
+
+
 def _arithmetic(session: Session, first_step: int) -> str:
     """Say the step arithmetic in plain words."""
     training, schedule = session.config.training, session.dataset.schedule
@@ -165,6 +174,7 @@ def rehearse(session: Session) -> None:
     session.run.update.optimizer.zero_grad(set_to_none=True)
     session.run.objective.level_draw.forget()
     session.run.watch.forget()
+    rehearse_probes(session)
     save(session, 0)
     draw_preview(session, 0, Trackers())
 
@@ -283,7 +293,7 @@ def _write_report(session: Session, steps_done: int, state: Literal["running", "
         seconds=time.monotonic() - session.started,
         prompts=session.config.global_config.previews.prompts,
         data=session.data_page,
-        tags="" if figures is None else sections_as_html(learned_sections(figures)),
+        tags="" if figures is None else sections_as_html(sections_of_run(figures, session.config.tag_weighting)),
         quarantined={entry.path: entry.reason for entry in session.quarantined()},
         environment=_environment(session.group.device),
     )
