@@ -76,7 +76,8 @@ def figures_now(session: Session) -> TagFigures | None:
     counts = tags.counts
     residuals = tags.watch.residuals() if isinstance(tags.watch, TagWatch) else None
     weight_P = tags.weights.all_of(len(counts.lists))
-    return tag_figures(counts.lists, counts.pictures_K, counts.images_K, counts.share_P, weight_P, residuals)
+    columns = (counts.pictures_K, counts.images_K, counts.share_P, weight_P)
+    return tag_figures(counts.lists, *columns, residuals, counts.static_K)
 
 
 def _writer(session: Session, trackers: Trackers, tracked: int) -> Callable[[int], None]:
