@@ -24,14 +24,13 @@ import torch
 
 from sdxl_training.assemble.folder import RunFolder
 from sdxl_training.assemble.session import Session, open_session
-from sdxl_training.assemble.tag_actions import tag_actions
+from sdxl_training.assemble.tag_actions import tag_actions, tag_probes
 from sdxl_training.config import load_config
 from sdxl_training.data.demo_set import write_demo_set
 from sdxl_training.parallel.group import Group
 from sdxl_training.tracking.progress import SilentProgress
 from sdxl_training.tracking.tracker import Trackers
 from sdxl_training.training.step import train_step
-from sdxl_training.training.trainer import Within
 
 ROOT = Path(__file__).parents[1]
 STATIC = "tag_weighting.static={type: frequency}"
@@ -69,9 +68,8 @@ class Timed:
 
     def __init__(self, session: Session) -> None:
         self._session, self._batches, self._step = session, session.batches(0), 0
-        actions = tag_actions(session, Trackers())
-        self._probes = [one for one in actions if isinstance(one, Within) and "Probe" in type(one.work).__name__]
-        self._actions = [one for one in actions if one not in self._probes]
+        self._probes = [probe for _, probe in tag_probes(session)]
+        self._actions = tag_actions(session, Trackers())[len(self._probes) :]
         self.updates: list[float] = []
         self.probes: list[float] = []
 
@@ -88,7 +86,7 @@ class Timed:
         """Make one measurement, where this run has any."""
         for one in self._probes:
             began = time.perf_counter()
-            one.work(self._step)
+            one(self._step)
             self.probes.append(time.perf_counter() - began)
 
 

@@ -34,7 +34,7 @@ TAGS_WRITTEN = 1000  # the most frequent ones; of a million, all would be a hund
 def tag_actions(session: Session, trackers: Trackers) -> list[Action]:
     """Return what is done after updates, in this order, before anything is saved."""
     section, tags = session.config.tag_weighting, session.tags
-    actions: list[Action] = [_each(steps, probe) for steps, probe in _probes(session)]
+    actions: list[Action] = [_each(steps, probe) for steps, probe in tag_probes(session)]
     if tags.weights.moves:
         actions.append(Within(section.refresh_steps, tags.weights.refresh))
     if tags.counts is not None and section.statistics.enabled and session.group.is_main:
@@ -44,14 +44,14 @@ def tag_actions(session: Session, trackers: Trackers) -> list[Action]:
 
 def rehearse_probes(session: Session) -> None:
     """Make every probe once and forget what it found: what fails or does not fit the memory must not do so later."""
-    for _, probe in _probes(session):
+    for _, probe in tag_probes(session):
         learner = probe.learner
         before = {name: value.copy() for name, value in learner.state().items()}
         probe(0)
         learner.load(before)
 
 
-def _probes(session: Session) -> list[tuple[int, CaptionProbe | MarginProbe]]:
+def tag_probes(session: Session) -> list[tuple[int, CaptionProbe | MarginProbe]]:
     """Return what measures, and every how many steps. Raises UserError for parameters that the U-Net does not have."""
     section, tags, seed = session.config.tag_weighting, session.tags, session.config.global_config.seed
     probes: list[tuple[int, CaptionProbe | MarginProbe]] = []
