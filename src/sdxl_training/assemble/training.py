@@ -89,6 +89,7 @@ def train(loaded: LoadedConfig, resume: str, dry_run: bool) -> None:
         if first_step == 0:
             check_base(session)
             rehearse(session)
+        rehearse_probes(session)  # after a resume, too: its settings may be new
         if dry_run:
             _try_updates(session)
             progress.message(f"dry run: one step on the largest bucket, one save and one preview worked: {folder.path}")
@@ -174,7 +175,6 @@ def rehearse(session: Session) -> None:
     session.run.update.optimizer.zero_grad(set_to_none=True)
     session.run.objective.level_draw.forget()
     session.run.watch.forget()
-    rehearse_probes(session)
     save(session, 0)
     draw_preview(session, 0, Trackers())
 
