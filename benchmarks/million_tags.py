@@ -1,4 +1,4 @@
-"""What do a million distinct tags cost: numbering them, keeping them, weighing pictures by them?
+"""What do a million distinct tags cost: numbering them, keeping them, weighing pictures by them, watching their losses?
 
     python benchmarks/million_tags.py                              # a million pictures, eight tags each
     python benchmarks/million_tags.py --pictures 100000 --tags 100000
@@ -19,19 +19,29 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from sdxl_training.data.index_files import INDEX, read_rows, write_rows
+from sdxl_training.data.pictures import IndexedSource, Pictures, SourceRules
+from sdxl_training.data.tag_cache import kept_tag_column
+from sdxl_training.data.tag_categories import categories_of
+from sdxl_training.weighting.normaliser import Bounds, figures_of
+from sdxl_training.weighting.picture_weights import PictureWeights
+from sdxl_training.weighting.residuals import LEVELS, ResidualRule, TagResiduals
+from sdxl_training.weighting.static import FrequencyRule, static_log_weights
+from sdxl_training.weighting.tag_lists import TagLists
 
 A_PICTURE = 8
 
 
 def write_index(folder: Path, pictures: int, tags: int) -> None:
     """Write an index of pictures whose tags are as frequent as words are, each on one at least."""
-    import numpy as np
-    import pyarrow as pa
-
-    from sdxl_training.data.index_files import INDEX, write_rows
-
     generator = np.random.default_rng(0)
     reach = np.cumsum(1 / np.arange(1, tags + 1))
     number = np.searchsorted(reach, generator.random(pictures * A_PICTURE) * reach[-1]).clip(0, tags - 1)
@@ -57,6 +67,17 @@ class Nowhere:
     identity = "a benchmark"
 
 
+@dataclass(frozen=True)
+class ByLoss:
+    """What a run's dynamic weights follow."""
+
+    residuals: TagResiduals
+
+    def log_weights(self) -> NDArray[np.float64]:
+        """Return the log weight of each tag."""
+        return self.residuals.log_weights(0.5, 1.5)
+
+
 @contextmanager
 def timed(facts: dict[str, float], name: str) -> Iterator[None]:
     began = time.perf_counter()
@@ -66,16 +87,6 @@ def timed(facts: dict[str, float], name: str) -> Iterator[None]:
 
 def measure(folder: Path) -> dict[str, float]:
     """Return seconds of each stage and the peak memory, in this process."""
-    import numpy as np
-
-    from sdxl_training.data.index_files import read_rows
-    from sdxl_training.data.pictures import IndexedSource, Pictures, SourceRules
-    from sdxl_training.data.tag_cache import kept_tag_column
-    from sdxl_training.data.tag_categories import categories_of
-    from sdxl_training.weighting.normaliser import Bounds, figures_of, weights_of
-    from sdxl_training.weighting.static import FrequencyRule, static_log_weights
-    from sdxl_training.weighting.tag_lists import TagLists
-
     facts: dict[str, float] = {}
     with timed(facts, "read the index"):
         table = read_rows(folder / "index.parquet")
@@ -92,9 +103,18 @@ def measure(folder: Path) -> dict[str, float]:
         images_K = lists.count()
         static_K = static_log_weights(lists.names_K, images_K, images_K, lists.category_K, FrequencyRule(min_count=0))
     with timed(facts, "weights of pictures"):
-        weight_P = weights_of(lists.spread(static_K), share_P, Bounds())
+        residuals = TagResiduals(lists, ResidualRule())
+        weights = PictureWeights(lists, share_P, lists.spread(static_K), Bounds(), ByLoss(residuals))
     facts["all but reading again"] = sum(facts.values()) - facts["read them again"]
-    facts["tags"], facts["mean weight"] = len(column.names_K), figures_of(weight_P, share_P, Bounds()).mean
+    with timed(facts, "note the losses of 100 updates of 32"):
+        generator = np.random.default_rng(1)
+        for _ in range(100):
+            pictures_G, levels_G = generator.integers(len(pictures), size=32), generator.integers(LEVELS, size=32)
+            residuals.see(pictures_G, levels_G, generator.random(32) + 0.1)
+    with timed(facts, "weights anew, by loss"):
+        weights.refresh(1)
+    facts["tags"] = len(column.names_K)
+    facts["mean weight"] = figures_of(weights.all_of(len(pictures)), share_P, Bounds()).mean
     facts["peak MiB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
     return facts
 

@@ -3,8 +3,10 @@
     OMP_NUM_THREADS=1 python benchmarks/tag_weighting_cost.py
 
 Opens one run of the miniature for each row in one process and lets them make updates in turns, so that whatever else
-the machine does slows all of them alike. The first row has neither weights nor statistics. Probes, of which there is
-one in `probe_steps` updates, are timed apart from updates.
+the machine does slows all of them alike. The first row has neither weights nor statistics. All times are the
+processor's. Updates of two rows differ by more from one moment to the next than by what tags add to them, so that is
+measured by itself: the time spent in looking weights up, in noting losses and in what is done about tags between
+updates. Probes, of which there is one in `probe_steps` updates, are timed apart.
 """
 
 from __future__ import annotations
@@ -15,10 +17,11 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from datetime import date
 from pathlib import Path
+from typing import ParamSpec, TypeVar
 
 import torch
 
@@ -28,11 +31,15 @@ from sdxl_training.assemble.tag_actions import tag_actions, tag_probes
 from sdxl_training.config import load_config
 from sdxl_training.data.demo_set import write_demo_set
 from sdxl_training.parallel.group import Group
+from sdxl_training.records import StepStats
 from sdxl_training.tracking.progress import SilentProgress
 from sdxl_training.tracking.tracker import Trackers
 from sdxl_training.training.step import train_step
+from sdxl_training.weighting.picture_weights import EQUAL_WEIGHTS
+from sdxl_training.weighting.watch import NO_WATCH
 
 ROOT = Path(__file__).parents[1]
+Parameters, Result = ParamSpec("Parameters"), TypeVar("Result")
 STATIC = "tag_weighting.static={type: frequency}"
 ROWS = {
     "neither weights nor statistics": ["tag_weighting.statistics.enabled=false"],
@@ -64,7 +71,7 @@ def open_row(overrides: list[str], pictures: Path, work: Path, name: str) -> Ses
 
 
 class Timed:
-    """A run that makes updates, its actions included, and knows how long they and its probes took."""
+    """A run that makes updates, its actions included, and knows how long they, their part for tags and probes took."""
 
     def __init__(self, session: Session) -> None:
         self._session, self._batches, self._step = session, session.batches(0), 0
@@ -72,37 +79,65 @@ class Timed:
         self._actions = tag_actions(session, Trackers())[len(self._probes) :]
         self.updates: list[float] = []
         self.probes: list[float] = []
+        self.for_tags = 0.0
+        tags = session.tags
+        metered = {tags.weights: ["of"], tags.watch: ["see", "after_update"]}
+        for part, methods in metered.items():
+            if part not in (EQUAL_WEIGHTS, NO_WATCH):  # those do nothing, and all runs share them
+                for method in methods:
+                    setattr(part, method, self._metered(getattr(part, method)))
+
+    def _metered(self, does: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+        def metered(*positional: Parameters.args, **named: Parameters.kwargs) -> Result:
+            began = time.process_time()
+            result = does(*positional, **named)
+            self.for_tags += time.process_time() - began
+            return result
+
+        return metered
 
     def update(self) -> None:
         """Make one update."""
-        began = time.perf_counter()
+        began = time.process_time()
         stats = train_step(self._session.run, self._step, next(self._batches))
         self._step += 1
+        self._metered(self._act)(stats)
+        self.updates.append(time.process_time() - began)
+
+    def _act(self, stats: StepStats) -> None:
         for action in self._actions:
             action.after_step(self._step, stats)
-        self.updates.append(time.perf_counter() - began)
 
     def probe(self) -> None:
         """Make one measurement, where this run has any."""
         for one in self._probes:
-            began = time.perf_counter()
+            began = time.process_time()
             one(self._step)
-            self.probes.append(time.perf_counter() - began)
+            self.probes.append(time.process_time() - began)
+
+    def forget(self) -> None:
+        """Leave out what was measured so far."""
+        self.updates.clear()
+        self.for_tags = 0.0
 
 
 def lines(rows: dict[str, Timed], block: int) -> Iterator[str]:
     """Yield the table."""
-    yield "| | an update, ms | to neither | a probe, in updates | with one in ten updates |"
-    yield "|---|---|---|---|---|"
+    yield "| | an update, ms | to neither | of it for tags, ms | % | a probe, in updates | one in ten updates adds, % |"
+    yield "|---|---|---|---|---|---|---|"
     base = next(iter(rows.values()))
     for name, timed in rows.items():
         # Rounds are compared one by one: within one, the machine is about as busy for all.
         pairs = list(zip(_rounds(timed.updates, block), _rounds(base.updates, block), strict=True))
         ratio = statistics.median(own / other for own, other in pairs)
-        update = statistics.median(timed.updates)
-        probe = f"{statistics.median(timed.probes) / update:.2f}" if timed.probes else ""
-        whole = f"{ratio * (1 + 0.1 * statistics.median(timed.probes) / update):.3f}" if timed.probes else ""
-        yield f"| {name} | {1000 * update:.1f} | {ratio:.4f} | {probe} | {whole} |"
+        update = statistics.mean(timed.updates)
+        for_tags = timed.for_tags / len(timed.updates)
+        probe = statistics.mean(timed.probes) / update if timed.probes else 0.0
+        probes = f"{probe:.2f} | {10 * probe:.0f}" if timed.probes else " | "
+        yield (
+            f"| {name} | {1000 * update:.1f} | {ratio:.3f} | {1000 * for_tags:.3f} | {100 * for_tags / update:.2f} "
+            f"| {probes} |"
+        )
 
 
 def _rounds(seconds: list[float], block: int) -> list[float]:
@@ -124,7 +159,7 @@ def main() -> None:
         rows = {name: Timed(session) for name, session in sessions.items()}
         for timed in rows.values():
             timed.update()
-            timed.updates.clear()
+            timed.forget()
         for number in range(arguments.rounds):
             order = list(rows.values())
             for timed in order[number % len(order) :] + order[: number % len(order)]:

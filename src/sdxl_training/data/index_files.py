@@ -109,7 +109,9 @@ def read_rows(path: Path, columns: list[str] | None = None) -> pa.Table | None:
     except (pa.ArrowException, OSError) as error:
         log.warning("%s is damaged (%s): its pictures are looked at again", path, error)
         return None
-    return table.combine_chunks()
+    table = table.combine_chunks()
+    pa.default_memory_pool().release_unused()  # else Arrow keeps what reading took: as much again as the table
+    return table
 
 
 def write_rows(path: Path, batches: Iterator[pa.Table], generation: int = 0, folded: int = 0) -> None:

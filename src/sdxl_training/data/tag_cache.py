@@ -35,6 +35,7 @@ def kept_tag_column(folder: Path, pictures: Pictures, added: Sequence[Sequence[s
     if found is None:
         found = tag_column(pictures, added)
         _write(path, found, made_from)
+    pa.default_memory_pool().release_unused()  # what writing and reading took
     return found
 
 

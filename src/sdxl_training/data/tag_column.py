@@ -37,7 +37,7 @@ class TagColumn:
 def tag_column(pictures: Pictures, added: Sequence[Sequence[str]]) -> TagColumn:
     """Return the tags of all pictures. added: those that each source adds to its captions."""
     parts: list[pa.DictionaryArray] = []
-    parents: list[Integers] = []
+    parents: list[NDArray[np.int32]] = []
     before = 0
     for source, rows, own in zip(pictures.sources, pictures.rows, added, strict=True):
         for first in range(0, len(rows), ROWS_AT_ONCE):
@@ -45,29 +45,39 @@ def tag_column(pictures: Pictures, added: Sequence[Sequence[str]]) -> TagColumn:
             folded = pc.utf8_lower(pc.utf8_trim_whitespace(pc.list_flatten(lists)))
             kept = pc.greater(pc.binary_length(folded), 0)
             parts.append(folded.filter(kept).dictionary_encode())
-            parents.append(before + pc.list_parent_indices(lists).filter(kept).to_numpy(zero_copy_only=False))
+            parents.append(before + pc.list_parent_indices(lists).filter(kept).to_numpy().astype(np.int32))
             before += len(lists)
-    joined = pa.chunked_array(parts, pa.dictionary(pa.int32(), pa.large_string())).unify_dictionaries()
-    return _numbered(joined, parents, len(pictures))
+    parts = pa.chunked_array(parts, pa.dictionary(pa.int32(), pa.large_string())).unify_dictionaries().chunks
+    pa.default_memory_pool().release_unused()  # else Arrow keeps what splitting took, and a million tags need 1 GB
+    return _numbered(parts, parents, len(pictures))
 
 
-def _numbered(joined: pa.ChunkedArray, parents: Sequence[Integers], pictures: int) -> TagColumn:
-    """Number the tags in their order, and count each once a picture. parents: of each appearance, ascending."""
-    if not len(joined):
+def _numbered(parts: list[pa.DictionaryArray], parents: Sequence[NDArray[np.int32]], pictures: int) -> TagColumn:
+    """Number the tags in their order, and count each once a picture.
+
+    parts: appearances, of one dictionary; emptied, so that they do not stay in memory. parents: the picture of each
+    appearance, ascending.
+    """
+    if not parts:
         return TagColumn((), np.zeros(pictures + 1, np.int64), np.empty(0, np.int32))
-    names = joined.chunk(0).dictionary
+    names = parts[0].dictionary
     order_K = pc.sort_indices(names).to_numpy()
     number_K = np.empty(len(names), np.int64)
     number_K[order_K] = np.arange(len(names))
-    tags, length_P = [], np.zeros(pictures, np.int64)
-    for part, parent_T in zip(joined.chunks, parents, strict=True):
-        both_T = np.sort(parent_T * len(names) + number_K[part.indices.to_numpy()])  # np.unique takes ten times as long
+    length_P = np.zeros(pictures, np.int64)
+    tag_T, filled = np.empty(sum(map(len, parts)), np.int32), 0
+    for parent_T in parents:
+        index_T = parts.pop(0).indices.to_numpy()
+        both_T = np.sort(
+            parent_T.astype(np.int64) * len(names) + number_K[index_T]
+        )  # np.unique takes ten times as long
         once_T = both_T[np.diff(both_T, prepend=-1) > 0]
-        parent_T, tag_T = np.divmod(once_T, len(names))
-        tags.append(tag_T.astype(np.int32))
-        length_P += np.bincount(parent_T, minlength=pictures)
+        owner_T, tag_of_T = np.divmod(once_T, len(names))
+        tag_T[filled : filled + len(once_T)] = tag_of_T
+        filled += len(once_T)
+        length_P += np.bincount(owner_T, minlength=pictures)
     offsets = np.concatenate([[0], np.cumsum(length_P)])
-    return TagColumn(names.take(pa.array(order_K)).to_pylist(), offsets, np.concatenate(tags))
+    return TagColumn(names.take(pa.array(order_K)).to_pylist(), offsets, tag_T[:filled])
 
 
 def _lists_of(source: IndexedSource, rows: Integers) -> pa.LargeListArray:
