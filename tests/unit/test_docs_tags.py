@@ -15,7 +15,21 @@ from sdxl_training.config.tags import TagWeighting
 
 TEXT = (Path(__file__).parents[2] / "docs" / "tag_weighting.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```yaml\n(.*?)^```$", TEXT, flags=re.MULTILINE | re.DOTALL)
-CODE = "\n".join([*BLOCKS, *re.findall(r"`([^`\n]+)`", TEXT)])
+HEADINGS = {  # which parts of the page tell of a section: begin of their headings
+    "categories": "Tags and categories",
+    "static": "Static",
+    "dynamic": "Dynamic",
+    "trust": "Trust",
+    "statistics": ("During training", "Dynamic"),
+}
+
+
+def code_of(heading: str | tuple[str, ...]) -> str:
+    """Return what stands between backticks and in blocks below headings that begin so."""
+    parts = re.split(r"^#+ ", TEXT, flags=re.MULTILINE)
+    text = "\n".join(part for part in parts if part.startswith(heading))
+    blocks = re.findall(r"^```yaml\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+    return "\n".join([*blocks, *re.findall(r"`([^`\n]+)`", text)])
 
 
 def settings(section: type[Section], place: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
@@ -47,5 +61,6 @@ def test_a_block_loads_and_changes_weights(tmp_path: Path, block: str) -> None:
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_every_setting_is_told_of(place: str) -> None:
-    assert re.search(rf"\b{place.rpartition('.')[2]}\b", CODE), place
+def test_every_setting_is_told_of_where_its_section_is(place: str) -> None:
+    code = code_of(HEADINGS.get(place.split(".")[0], ""))
+    assert re.search(rf"\b{place.rpartition('.')[2]}\b", code), place

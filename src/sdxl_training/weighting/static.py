@@ -7,10 +7,11 @@ Shape legend: K tags, C categories.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from fnmatch import fnmatchcase
+from fnmatch import translate
 
 import numpy as np
 from numpy.typing import NDArray
@@ -93,7 +94,8 @@ def _matching(names_K: Sequence[str], patterns: Sequence[str], setting: str, pro
     matching_K = np.zeros(len(names_K), bool)
     for pattern in patterns:
         folded = pattern.lower()
-        found_K = np.array([name == folded or fnmatchcase(name, folded) for name in names_K], bool)
+        matches = re.compile(translate(folded)).match
+        found_K = np.fromiter((name == folded or matches(name) is not None for name in names_K), bool, len(names_K))
         if not found_K.any():
             problems.append(f"{PLACE}.{setting}: {_absent(pattern, names_K)}")
         matching_K |= found_K
