@@ -50,7 +50,9 @@ ROWS = {
     "off": {},
     "static": {"static": "{type: frequency}"},
     "static, strength 1, factor 10": {"static": "{type: frequency, strength: 1.0, max_factor: 10.0}"},
-    "static, strength 2, factor 64": {"static": "{type: frequency, strength: 2.0, max_factor: 64.0}"},
+    "overrides, to the bound of 4": {
+        "static": f"{{type: frequency, overrides: {{{RARE_COLOUR}: 64, {RARE_SHAPE}: 64}}}}"
+    },
     "dynamic": {"dynamic": f"{{type: residual_loss, {WARM}}}"},
     "static and dynamic": {"static": "{type: frequency}", "dynamic": f"{{type: residual_loss, {WARM}}}"},
     "meta": {"dynamic": f"{{type: meta, {WARM}}}"},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,7 +14,10 @@ from pathlib import Path
 from sdxl_training.config.load import LoadedConfig, load_config, write_resolved
 from sdxl_training.config.problems import ConfigError
 from sdxl_training.config.schema import Config
+from sdxl_training.data.claims import WITHOUT_LOCKS
 from sdxl_training.records import Quarantined, UserError
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,10 @@ class RunFolder:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Keep other processes from training in this folder; raises UserError where one does. Ends with the process."""
+        """Keep other processes from training in this folder; raises UserError where one does. Ends with the process.
+
+        On a file system without locks, as some network ones are, nobody can be kept out; that is logged.
+        """
         with (self.path / ".lock").open("w") as lock:
             try:
                 # Not flock: loader workers would inherit it, and outlive a killed trainer by seconds.
@@ -61,6 +68,10 @@ class RunFolder:
                     f"{self.path}: another process is training in this folder. Wait for it, stop it, or choose another "
                     "global_config.run_name."
                 ) from error
+            except OSError as error:
+                if error.errno not in WITHOUT_LOCKS:
+                    raise
+                log.warning("%s: the file system has no locks; do not train in this folder twice at once", self.path)
             yield
 
     def write_config(self, loaded: LoadedConfig) -> list[str]:
