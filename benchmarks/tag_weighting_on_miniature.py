@@ -10,8 +10,9 @@ with the rare colour, with the rare shape and with common ones only,
   the pixels (before that, so little is drawn well that the reading means nothing),
 * at five, the error of the clean latent on pictures that no run has seen, at fixed noise and levels.
 
-Runs of one seed see the same pictures in the same order with the same noise, so rows are compared seed by seed. Writes
-Markdown tables, a plot and a sheet of the pictures drawn by the first seed.
+Twelve pictures show a rare concept with some colours and backgrounds and not with others, so captions that were learnt
+are told from new ones. Runs of one seed see the same pictures in the same order with the same noise: rows are compared
+seed by seed. Writes Markdown tables, a plot and a sheet of the pictures drawn by the first seeds.
 """
 
 from __future__ import annotations
@@ -28,7 +29,13 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import date
+from functools import cache
+from itertools import islice
 from pathlib import Path
+
+import numpy
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
 
 from sdxl_training.data.demo_set import PALETTE, SHAPES, PictureSpec, draw_picture
 
@@ -50,7 +57,7 @@ ROWS = {
     "off": {},
     "static": {"static": "{type: frequency}"},
     "static, strength 1, factor 10": {"static": "{type: frequency, strength: 1.0, max_factor: 10.0}"},
-    "overrides, to the bound of 4": {
+    "static, both overridden by 64": {
         "static": f"{{type: frequency, overrides: {{{RARE_COLOUR}: 64, {RARE_SHAPE}: 64}}}}"
     },
     "dynamic": {"dynamic": f"{{type: residual_loss, {WARM}}}"},
@@ -58,21 +65,51 @@ ROWS = {
     "meta": {"dynamic": f"{{type: meta, {WARM}}}"},
 }
 GROUPS = ("rare colour", "rare shape", "common")
-RIGHT = {  # what is read back: its group, and whether the object's colour (0) or its shape (2)
-    "rare colour": ("rare colour", 0),
-    "rare shape": ("rare shape", 2),
-    "common colours": ("common", 0),
-    "common shapes": ("common", 2),
+PARTS = {  # of held-out pictures: group, and whether the caption is that of a learnt picture; of common ones all are
+    "rare colour, learnt captions": ("rare colour", True),
+    "rare colour, new captions": ("rare colour", False),
+    "rare shape, learnt captions": ("rare shape", True),
+    "rare shape, new captions": ("rare shape", False),
+    "common": ("common", True),
+}
+COLOUR, SHAPE = 0, 2  # places in what is read back from a picture
+RIGHT = {  # what is read back of which drawn pictures: group, whether the caption was learnt (None: either), place
+    "rare colour": ("rare colour", None, COLOUR),
+    "rare shape, learnt captions": ("rare shape", True, SHAPE),
+    "rare shape, new captions": ("rare shape", False, SHAPE),
+    "common colours": ("common", None, COLOUR),
+    "common shapes": ("common", None, SHAPE),
 }
 Scores = Mapping[str, Mapping[str, float]]  # checkpoint's step -> measure -> value
 
 
-def write_pictures(folder: Path) -> None:
-    """Write the set that is learnt, and apart from it what is held out, a folder for each group."""
-    learnt, held_out = random.Random("tag weighting 2"), random.Random("held out")
-    _write(folder / "pictures", [_spec(learnt, _group_of(number)) for number in range(PICTURES)])
-    for group in GROUPS:
-        _write(folder / "held_out" / _file_name(group), [_spec(held_out, group) for _ in range(HELD_OUT)])
+def write_pictures(work: Path) -> None:
+    """Write the set that is learnt, and what is held out, a folder for each part."""
+    _write(work / "pictures", learnt_pictures())
+    choose = random.Random("held out")
+    for part, (group, learnt) in PARTS.items():
+        some = (_spec(choose, group) for _ in range(100 * HELD_OUT))
+        _write(
+            work / "held_out" / _file_name(part),
+            list(islice((one for one in some if is_learnt(one) is learnt), HELD_OUT)),
+        )
+
+
+def learnt_pictures() -> list[PictureSpec]:
+    """Return what the pictures of the set show."""
+    choose = random.Random("tag weighting 2")
+    return [_spec(choose, _group_of(number)) for number in range(PICTURES)]
+
+
+def is_learnt(spec: PictureSpec) -> bool:
+    """Return whether a picture of the set has this picture's caption."""
+    return caption(spec.colour, spec.shape, spec.background) in learnt_captions()
+
+
+@cache
+def learnt_captions() -> set[str]:
+    """Return all captions of the set."""
+    return {caption(spec.colour, spec.shape, spec.background) for spec in learnt_pictures()}
 
 
 def _group_of(number: int) -> str:
@@ -90,8 +127,6 @@ def _spec(choose: random.Random, group: str) -> PictureSpec:
 def _write(folder: Path, specs: Sequence[PictureSpec]) -> None:
     if folder.is_dir():
         return
-    from PIL import Image
-
     unfinished = folder.with_suffix(".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
@@ -174,36 +209,47 @@ def score_run(work: Path, run: Path, steps: int) -> Scores:
     """Draw, read back and measure held-out pictures, in this process."""
     from held_out import held_out_batches, relative_errors_by_level
 
-    held_out = {group: held_out_batches(run, work / "held_out" / _file_name(group)) for group in GROUPS}
+    held_out = {part: held_out_batches(run, work / "held_out" / _file_name(part)) for part in PARTS}
     scores = {}
     for step in last_steps(steps, MEASURED):
         found = _shares_right(run, step) if step in last_steps(steps, DRAWN) else {}
-        for group, batches in held_out.items():
+        for part, batches in held_out.items():
             errors = relative_errors_by_level(run, batches, SIGMAS, checkpoint=step)
-            found[f"{group}: error"] = statistics.geometric_mean(errors.values())
+            found[f"{part}: error"] = statistics.geometric_mean(errors.values())
         scores[str(step)] = found
     return scores
 
 
 def _shares_right(run: Path, step: int) -> dict[str, float]:
-    """Return the shares of pictures with the right colour or shape; the pictures are kept beside the run."""
-    import numpy
-    from PIL import Image
+    """Return the shares of pictures with the right colour or shape."""
+    from demo_quality import judge_picture
 
-    from demo_quality import judge_picture, picture_grid
+    asked = [(group, *prompt) for group in GROUPS for prompt in prompts(group)]
+    read = [judge_picture(pixels) for pixels in _drawn(run, step, [text for _, text, _ in asked])]
+    shares = {}
+    for name, (group, learnt, place) in RIGHT.items():
+        of_part = [
+            got[place] == want[place]
+            for got, (its_group, text, want) in zip(read, asked, strict=True)
+            if its_group == group and learnt in (None, text in learnt_captions())
+        ]
+        shares[name] = statistics.mean(of_part)
+    return shares
+
+
+def _drawn(run: Path, step: int, texts: list[str]) -> list[NDArray[numpy.uint8]]:
+    """Return the pictures that a checkpoint draws; they are kept beside the run, 20 a row."""
+    from demo_quality import picture_grid
     from sdxl_training.assemble import draw_prompts
     from sdxl_training.assemble.drawing import sampling_of
     from sdxl_training.config.schema import Previews
 
-    sampling = sampling_of(Previews(steps=20, guidance=4.0, seed=0))
-    texts, wanted = zip(*(prompt for group in GROUPS for prompt in prompts(group)), strict=True)
-    pictures = draw_prompts(run, list(texts), sampling, checkpoint=step)
-    Image.fromarray(numpy.asarray(picture_grid(pictures, 20))).save(run / f"drawn_{step}.png")
-    right = [numpy.equal(judge_picture(pixels), want) for pixels, want in zip(pictures, wanted, strict=True)]
-    of_group = {group: right[PROMPTS * number : PROMPTS * (number + 1)] for number, group in enumerate(GROUPS)}
-    return {
-        name: statistics.mean(bool(one[which]) for one in of_group[group]) for name, (group, which) in RIGHT.items()
-    }
+    kept = run / f"drawn_{step}.png"
+    if not kept.exists():
+        pictures = draw_prompts(run, texts, sampling_of(Previews(steps=20, guidance=4.0, seed=0)), checkpoint=step)
+        Image.fromarray(numpy.asarray(picture_grid(pictures, 20))).save(kept)
+    grid = numpy.asarray(Image.open(kept))
+    return [tile for row in numpy.split(grid, len(grid) // 64) for tile in numpy.split(row, 20, axis=1)]
 
 
 Results = Mapping[str, Mapping[int, Scores]]  # row -> seed -> scores
@@ -225,20 +271,21 @@ def accuracy_table(results: Results) -> Iterator[str]:
 
 def error_table(results: Results) -> Iterator[str]:
     """Yield by how many per cent the error on held-out pictures is above that of the first row, seed by seed."""
-    yield f"| weights | {' | '.join(f'{group}, %' for group in GROUPS)} |"
-    yield "|---" * (1 + len(GROUPS)) + "|"
+    yield f"| weights | {' | '.join(PARTS)} |"
+    yield "|---" * (1 + len(PARTS)) + "|"
     base, *others = results
     for row in others:
-        cells = [
-            _cell([100 * (_mean_error(results[row][seed], group) / _mean_error(results[base][seed], group) - 1)
-                   for seed in results[row]], "+")
-            for group in GROUPS
-        ]  # fmt: skip
+        cells = []
+        for part in PARTS:
+            above = [
+                _mean_error(results[row][seed], part) / _mean_error(results[base][seed], part) for seed in results[row]
+            ]
+            cells.append(_cell([100 * (ratio - 1) for ratio in above], "+"))
         yield f"| {row} | {' | '.join(cells)} |"
 
 
-def _mean_error(scores: Scores, group: str) -> float:
-    return statistics.geometric_mean(found[f"{group}: error"] for found in scores.values())
+def _mean_error(scores: Scores, part: str) -> float:
+    return statistics.geometric_mean(found[f"{part}: error"] for found in scores.values())
 
 
 def _cell(values: Sequence[float], sign: str = "") -> str:
@@ -249,20 +296,32 @@ def _cell(values: Sequence[float], sign: str = "") -> str:
 def plot(results: Results, to: Path) -> None:
     """Draw the curves: mean over the seeds of each row, and faintly each seed."""
     import matplotlib.pyplot as plt
+    from matplotlib.axes import Axes
 
-    above = {name: f"{name} right, %" for name in ("rare colour", "rare shape", "common shapes")}
-    below = {f"{group}: error": f"{group}: held-out error" for group in GROUPS}
-    figure, axes = plt.subplots(2, len(GROUPS), figsize=(12, 6.4), sharex=True)
-    for axis, (measure, title) in zip(axes.flat, (above | below).items(), strict=True):
-        scale = 1 if "error" in measure else 100
-        for number, (row, runs) in enumerate(results.items()):
-            steps = [step for step, found in next(iter(runs.values())).items() if measure in found]
-            curves = [[scale * scores[step][measure] for step in steps] for scores in runs.values()]
+    rights = [name for name in RIGHT if name != "common colours"]
+    errors = [part for part in PARTS if part != "rare colour, learnt captions"]
+    figure, axes = plt.subplots(2, 4, figsize=(15, 6.8), sharex=True)
+    base = next(iter(results.values()))
+    for number, (row, runs) in enumerate(results.items()):
+
+        def draw(
+            axis: Axes, steps: list[str], curves: list[list[float]], colour: str = f"C{number}", row: str = row
+        ) -> None:
             at = [int(step) for step in steps]
             for curve in curves:
-                axis.plot(at, curve, color=f"C{number}", alpha=0.2, linewidth=0.8)
-            axis.plot(at, [statistics.mean(all_) for all_ in zip(*curves, strict=True)], color=f"C{number}", label=row)
-        axis.set_title(title, fontsize=10)
+                axis.plot(at, curve, color=colour, alpha=0.25, linewidth=0.8)
+            axis.plot(at, [statistics.mean(values) for values in zip(*curves, strict=True)], color=colour, label=row)
+
+        for axis, name in zip(axes[0], rights, strict=True):
+            steps = [step for step, found in next(iter(runs.values())).items() if name in found]
+            draw(axis, steps, [[100 * scores[step][name] for step in steps] for scores in runs.values()])
+            axis.set_title(f"{name}: right, %", fontsize=10)
+        for axis, part in zip(axes[1], errors, strict=True):
+            of = f"{part}: error"
+            steps = list(next(iter(runs.values())))
+            draw(axis, steps, [[runs[seed][step][of] / base[seed][step][of] for step in steps] for seed in runs])
+            axis.set_title(f"{part}: error to {next(iter(results))}", fontsize=10)
+    for axis in axes.flat:
         axis.grid(alpha=0.3)
         axis.tick_params(labelsize=8)
     figure.supxlabel("updates", fontsize=9)
@@ -272,21 +331,17 @@ def plot(results: Results, to: Path) -> None:
     figure.savefig(to, dpi=110)
 
 
-def sheet(work: Path, rows: Sequence[str], seed: int, steps: int, to: Path) -> None:
-    """Lay out what each row drew for the rare shape half-way and at the end."""
-    from PIL import Image, ImageDraw
-
+def sheet(work: Path, rows: Sequence[str], seeds: Sequence[int], steps: int, to: Path) -> None:
+    """Lay out what each row's runs drew at the end for the rare shape."""
     line, margin, side = GROUPS.index("rare shape") * PROMPTS // 20, 190, 64
-    columns = [last_steps(steps, DRAWN)[0], steps]
-    drawn = [[Image.open(work / run_name(row, seed, steps) / f"drawn_{step}.png") for step in columns] for row in rows]
-    picture = Image.new("RGB", (margin + 2 * 10 * side + 8, 20 + (side + 2) * len(rows)), "white")
+    picture = Image.new("RGB", (margin + len(seeds) * (10 * side + 8), 20 + (side + 2) * len(rows)), "white")
     write = ImageDraw.Draw(picture)
-    for column, step in enumerate(columns):
+    for column, seed in enumerate(seeds):
         left = margin + column * (10 * side + 8)
-        write.text((left, 4), f"after {step} updates", fill="black")
-        for number, of_row in enumerate(drawn):
-            strip = of_row[column].crop((0, line * side, 10 * side, (line + 1) * side))
-            picture.paste(strip, (left, 20 + number * (side + 2)))
+        write.text((left, 4), f"seed {seed}, after {steps} updates", fill="black")
+        for number, row in enumerate(rows):
+            drawn = Image.open(work / run_name(row, seed, steps) / f"drawn_{steps}.png")
+            picture.paste(drawn.crop((0, line * side, 10 * side, (line + 1) * side)), (left, 20 + number * (side + 2)))
     for number, row in enumerate(rows):
         write.text((4, 20 + number * (side + 2) + side // 2), row, fill="black")
     picture.save(to)
@@ -324,7 +379,7 @@ def main() -> None:
     results = {row: {seed: scores[row, seed] for seed in arguments.seeds} for row in arguments.rows}
     print(
         f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {date.today()}; {steps} updates of 32, "
-        f"seeds {_listed(arguments.seeds)}; {PROMPTS} drawn and {HELD_OUT} held-out pictures a group; mean "
+        f"seeds {_listed(arguments.seeds)}; {PROMPTS} drawn pictures a group and {HELD_OUT} held-out ones a part; mean "
         f"over checkpoints and seeds (range over the seeds).\n"
     )
     print(f"Right after {_listed(last_steps(steps, DRAWN))} updates:\n")
@@ -336,7 +391,7 @@ def main() -> None:
     if arguments.plot:
         plot(results, arguments.plot)
     if arguments.sheet:
-        sheet(work, arguments.rows, arguments.seeds[0], steps, arguments.sheet)
+        sheet(work, arguments.rows, arguments.seeds[:2], steps, arguments.sheet)
 
 
 if __name__ == "__main__":
