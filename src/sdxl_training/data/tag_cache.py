@@ -34,6 +34,7 @@ def kept_tag_column(folder: Path, pictures: Pictures, added: Sequence[Sequence[s
     found = _read(path, made_from)
     if found is None:
         found = tag_column(pictures, added)
+        pa.default_memory_pool().release_unused()  # what counting took; writing takes as much again
         _write(path, found, made_from)
     pa.default_memory_pool().release_unused()  # what writing and reading took
     return found
@@ -88,7 +89,7 @@ def _write(path: Path, column: TagColumn, made_from: bytes) -> None:
     with pa.ipc.new_file(sink, schema, options=pa.ipc.IpcWriteOptions(compression="zstd")) as writer:
         writer.write_table(pa.table([lists], schema=schema))
     body = sink.getvalue()
-    write_atomically(path, _checksum(body) + body.to_pybytes())
+    write_atomically(path, b"".join([_checksum(body), body]))
 
 
 def _checksum(body: pa.Buffer) -> bytes:
