@@ -9,6 +9,7 @@ from inspect import signature
 import pytest
 
 from tests.gpu import test_gpu_step as gpu_tests
+from tests.gpu import test_gpu_tags
 
 
 @contextmanager
@@ -29,7 +30,7 @@ NEED_THE_GUARD = {
 }
 CASES = [
     pytest.param(test, id=name)
-    for name, test in vars(gpu_tests).items()
+    for name, test in (vars(gpu_tests) | vars(test_gpu_tags)).items()
     if name.startswith("test_") and name not in NEED_THE_GUARD
 ]
 
