@@ -33,12 +33,13 @@ from sdxl_training.data.demo_set import write_demo_set
 from sdxl_training.parallel.group import Group
 from sdxl_training.records import StepStats
 from sdxl_training.tracking.progress import SilentProgress
-from sdxl_training.tracking.tracker import Trackers
+from sdxl_training.tracking.tracker import Trackers, open_trackers
 from sdxl_training.training.step import train_step
 from sdxl_training.weighting.picture_weights import EQUAL_WEIGHTS
-from sdxl_training.weighting.watch import NO_WATCH
+from sdxl_training.weighting.watch import NO_WATCH, TagWatch
 
 ROOT = Path(__file__).parents[1]
+EVERY = 50  # updates between two entries of statistics, and two changes of weights: a tenth of the default
 Parameters, Result = ParamSpec("Parameters"), TypeVar("Result")
 STATIC = "tag_weighting.static={type: frequency}"
 ROWS = {
@@ -46,7 +47,7 @@ ROWS = {
     "statistics": [],
     "static": ["tag_weighting.statistics.enabled=false", STATIC],
     "static and statistics": [STATIC],
-    "dynamic": ["tag_weighting.dynamic={type: residual_loss, warmup_steps: 0}", "tag_weighting.refresh_steps=50"],
+    "dynamic": ["tag_weighting.dynamic={type: residual_loss, warmup_steps: 0}"],
     "trust": ["tag_weighting.trust={type: null_probe}"],
     "meta": ["tag_weighting.dynamic={type: meta, warmup_steps: 0}"],
 }
@@ -60,6 +61,8 @@ def open_row(overrides: list[str], pictures: Path, work: Path, name: str) -> Ses
         f"data.sources=[{{path: {pictures}}}]",
         f"data.cache.path={work / 'cache'}",
         "global_config.previews.every_steps=0",
+        f"tag_weighting.statistics.every_steps={EVERY}",
+        f"tag_weighting.refresh_steps={EVERY}",
         *overrides,
     ]
     config = load_config(ROOT / "examples" / "miniature.yaml", own).config
@@ -73,10 +76,10 @@ def open_row(overrides: list[str], pictures: Path, work: Path, name: str) -> Ses
 class Timed:
     """A run that makes updates, its actions included, and knows how long they, their part for tags and probes took."""
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Session, trackers: Trackers) -> None:
         self._session, self._batches, self._step = session, session.batches(0), 0
         self._probes = [probe for _, probe in tag_probes(session)]
-        self._actions = tag_actions(session, Trackers())[len(self._probes) :]
+        self._actions = tag_actions(session, trackers)[len(self._probes) :]
         self.updates: list[float] = []
         self.probes: list[float] = []
         self.for_tags = 0.0
@@ -115,8 +118,14 @@ class Timed:
             one(self._step)
             self.probes.append(time.process_time() - began)
 
+    def settle(self) -> None:
+        """Do what the updates so far have put off: losses are gathered by tag many updates at a time."""
+        if isinstance(self._session.tags.watch, TagWatch):
+            self._metered(self._session.tags.watch.residuals)()
+
     def forget(self) -> None:
         """Leave out what was measured so far."""
+        self.settle()
         self.updates.clear()
         self.for_tags = 0.0
 
@@ -132,7 +141,14 @@ def lines(rows: dict[str, Timed], block: int) -> Iterator[str]:
         ratio = statistics.median(own / other for own, other in pairs)
         update = statistics.mean(timed.updates)
         for_tags = timed.for_tags / len(timed.updates)
-        probe = statistics.mean(timed.probes) / update if timed.probes else 0.0
+        # One probe follows a round.
+        probe = (
+            statistics.median(
+                block * one / whole for one, whole in zip(timed.probes, _rounds(timed.updates, block), strict=True)
+            )
+            if timed.probes
+            else 0.0
+        )
         probes = f"{probe:.2f} | {10 * probe:.0f}" if timed.probes else " | "
         yield (
             f"| {name} | {1000 * update:.1f} | {ratio:.3f} | {1000 * for_tags:.3f} | {100 * for_tags / update:.2f} "
@@ -156,7 +172,10 @@ def main() -> None:
             name: open_row(overrides, work / "pictures", work, f"row{number}")
             for number, (name, overrides) in enumerate(ROWS.items())
         }
-        rows = {name: Timed(session) for name, session in sessions.items()}
+        rows = {
+            name: Timed(session, open_trackers(["jsonl", "tensorboard"], session.folder.path, 0))
+            for name, session in sessions.items()
+        }
         for timed in rows.values():
             timed.update()
             timed.forget()
@@ -166,6 +185,8 @@ def main() -> None:
                 for _ in range(arguments.block):
                     timed.update()
                 timed.probe()
+        for timed in rows.values():
+            timed.settle()
         print(
             f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
             f"torch {torch.__version__}, {date.today()}, load average {os.getloadavg()[0]:.1f}; "

@@ -6,8 +6,8 @@ Draws a set of 960 pictures in which one object colour (cyan) and one shape (tri
 and trains the miniature on it with every row of ROWS and every seed, everything else equal. It measures, for captions
 with the rare colour, with the rare shape and with common ones only,
 
-* at three checkpoints of each run, how often a drawn picture has the colour or the shape of its caption, read back from
-  the pixels (before that, so little is drawn well that the reading means nothing),
+* at three checkpoints of each run, how often a drawn picture has colour, shape and background of its caption, all of
+  them, read back from the pixels (earlier, so little is drawn well that the reading means nothing),
 * at five, the error of the clean latent on pictures that no run has seen, at fixed noise and levels.
 
 Twelve pictures show a rare concept with some colours and backgrounds and not with others, so captions that were learnt
@@ -72,13 +72,11 @@ PARTS = {  # of held-out pictures: group, and whether the caption is that of a l
     "rare shape, new captions": ("rare shape", False),
     "common": ("common", True),
 }
-COLOUR, SHAPE = 0, 2  # places in what is read back from a picture
-RIGHT = {  # what is read back of which drawn pictures: group, whether the caption was learnt (None: either), place
-    "rare colour": ("rare colour", None, COLOUR),
-    "rare shape, learnt captions": ("rare shape", True, SHAPE),
-    "rare shape, new captions": ("rare shape", False, SHAPE),
-    "common colours": ("common", None, COLOUR),
-    "common shapes": ("common", None, SHAPE),
+RIGHT = {  # which drawn pictures are counted: group, and whether the caption was learnt (None: either)
+    "rare colour": ("rare colour", None),
+    "rare shape, learnt captions": ("rare shape", True),
+    "rare shape, new captions": ("rare shape", False),
+    "common": ("common", None),
 }
 Scores = Mapping[str, Mapping[str, float]]  # checkpoint's step -> measure -> value
 
@@ -196,7 +194,9 @@ def score(work: Path, row: str, seed: int, steps: int) -> Scores:
     if not kept.exists():
         command = [sys.executable, __file__, "--work", str(work), "--steps", str(steps), "--score", str(run)]
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"})
-        kept.write_bytes(done.stdout)
+        unfinished = kept.with_suffix(".unfinished")
+        unfinished.write_bytes(done.stdout)
+        unfinished.rename(kept)
     return dict(json.loads(kept.read_text()))
 
 
@@ -221,19 +221,18 @@ def score_run(work: Path, run: Path, steps: int) -> Scores:
 
 
 def _shares_right(run: Path, step: int) -> dict[str, float]:
-    """Return the shares of pictures with the right colour or shape."""
+    """Return the shares of pictures that show all that their captions say."""
     from demo_quality import judge_picture
 
     asked = [(group, *prompt) for group in GROUPS for prompt in prompts(group)]
     read = [judge_picture(pixels) for pixels in _drawn(run, step, [text for _, text, _ in asked])]
     shares = {}
-    for name, (group, learnt, place) in RIGHT.items():
-        of_part = [
-            got[place] == want[place]
+    for name, (group, learnt) in RIGHT.items():
+        shares[name] = statistics.mean(
+            got == want
             for got, (its_group, text, want) in zip(read, asked, strict=True)
             if its_group == group and learnt in (None, text in learnt_captions())
-        ]
-        shares[name] = statistics.mean(of_part)
+        )
     return shares
 
 
@@ -247,7 +246,9 @@ def _drawn(run: Path, step: int, texts: list[str]) -> list[NDArray[numpy.uint8]]
     kept = run / f"drawn_{step}.png"
     if not kept.exists():
         pictures = draw_prompts(run, texts, sampling_of(Previews(steps=20, guidance=4.0, seed=0)), checkpoint=step)
-        Image.fromarray(numpy.asarray(picture_grid(pictures, 20))).save(kept)
+        unfinished = kept.with_suffix(".unfinished")
+        Image.fromarray(numpy.asarray(picture_grid(pictures, 20))).save(unfinished, "PNG")
+        unfinished.rename(kept)
     grid = numpy.asarray(Image.open(kept))
     return [tile for row in numpy.split(grid, len(grid) // 64) for tile in numpy.split(row, 20, axis=1)]
 
@@ -265,32 +266,59 @@ def accuracy_table(results: Results) -> Iterator[str]:
     yield f"| weights | {' | '.join(f'{name} %' for name in RIGHT)} |"
     yield "|---" * (1 + len(RIGHT)) + "|"
     for row, runs in results.items():
-        cells = [_cell([100 * over_checkpoints(scores, name) for scores in runs.values()]) for name in RIGHT]
+        cells = [_range([100 * over_checkpoints(scores, name) for scores in runs.values()]) for name in RIGHT]
+        yield f"| {row} | {' | '.join(cells)} |"
+
+
+def gain_table(results: Results) -> Iterator[str]:
+    """Yield how many points more than in the first row are right, seed by seed: mean, standard error, range."""
+    yield f"| weights | {' | '.join(RIGHT)} |"
+    yield "|---" * (1 + len(RIGHT)) + "|"
+    base, *others = results
+    for row in others:
+        cells = []
+        for name in RIGHT:
+            pairs = [(results[row][seed], results[base][seed]) for seed in results[row]]
+            cells.append(_change([100 * (over_checkpoints(a, name) - over_checkpoints(b, name)) for a, b in pairs]))
         yield f"| {row} | {' | '.join(cells)} |"
 
 
 def error_table(results: Results) -> Iterator[str]:
-    """Yield by how many per cent the error on held-out pictures is above that of the first row, seed by seed."""
+    """Yield by how many per cent the held-out error is above that of the first row: mean, standard error, range."""
     yield f"| weights | {' | '.join(PARTS)} |"
     yield "|---" * (1 + len(PARTS)) + "|"
     base, *others = results
     for row in others:
         cells = []
         for part in PARTS:
-            above = [
-                _mean_error(results[row][seed], part) / _mean_error(results[base][seed], part) for seed in results[row]
-            ]
-            cells.append(_cell([100 * (ratio - 1) for ratio in above], "+"))
+            pairs = [(results[row][seed], results[base][seed]) for seed in results[row]]
+            cells.append(_change([100 * (_mean_error(a, part) / _mean_error(b, part) - 1) for a, b in pairs]))
         yield f"| {row} | {' | '.join(cells)} |"
+
+
+def weight_lines(work: Path, results: Results, steps: int) -> Iterator[str]:
+    """Yield the mean weight of pictures with a rare tag at the end of the runs of each row."""
+    for row, runs in results.items():
+        weights = [
+            tag["weight"]
+            for seed in runs
+            for tag in json.loads((work / run_name(row, seed, steps) / "tags.json").read_text())["tags"]
+            if tag["tag"] in (RARE_COLOUR, RARE_SHAPE)
+        ]
+        yield f"* {row}: {statistics.mean(weights):.2f} ({min(weights):.2f} to {max(weights):.2f})"
 
 
 def _mean_error(scores: Scores, part: str) -> float:
     return statistics.geometric_mean(found[f"{part}: error"] for found in scores.values())
 
 
-def _cell(values: Sequence[float], sign: str = "") -> str:
-    low, mean, high = (f"{value:{sign}.1f}" for value in (min(values), statistics.mean(values), max(values)))
-    return f"{mean} ({low} to {high})"
+def _range(values: Sequence[float]) -> str:
+    return f"{statistics.mean(values):.1f} ({min(values):.1f} to {max(values):.1f})"
+
+
+def _change(values: Sequence[float]) -> str:
+    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
+    return f"{statistics.mean(values):+.1f} ± {error:.1f} ({min(values):+.1f} to {max(values):+.1f})"
 
 
 def plot(results: Results, to: Path) -> None:
@@ -298,7 +326,6 @@ def plot(results: Results, to: Path) -> None:
     import matplotlib.pyplot as plt
     from matplotlib.axes import Axes
 
-    rights = [name for name in RIGHT if name != "common colours"]
     errors = [part for part in PARTS if part != "rare colour, learnt captions"]
     figure, axes = plt.subplots(2, 4, figsize=(15, 6.8), sharex=True)
     base = next(iter(results.values()))
@@ -312,7 +339,7 @@ def plot(results: Results, to: Path) -> None:
                 axis.plot(at, curve, color=colour, alpha=0.25, linewidth=0.8)
             axis.plot(at, [statistics.mean(values) for values in zip(*curves, strict=True)], color=colour, label=row)
 
-        for axis, name in zip(axes[0], rights, strict=True):
+        for axis, name in zip(axes[0], RIGHT, strict=True):
             steps = [step for step, found in next(iter(runs.values())).items() if name in found]
             draw(axis, steps, [[100 * scores[step][name] for step in steps] for scores in runs.values()])
             axis.set_title(f"{name}: right, %", fontsize=10)
@@ -333,14 +360,15 @@ def plot(results: Results, to: Path) -> None:
 
 def sheet(work: Path, rows: Sequence[str], seeds: Sequence[int], steps: int, to: Path) -> None:
     """Lay out what each row's runs drew at the end for the rare shape."""
+    last = last_steps(steps, 1)[0]
     line, margin, side = GROUPS.index("rare shape") * PROMPTS // 20, 190, 64
     picture = Image.new("RGB", (margin + len(seeds) * (10 * side + 8), 20 + (side + 2) * len(rows)), "white")
     write = ImageDraw.Draw(picture)
     for column, seed in enumerate(seeds):
         left = margin + column * (10 * side + 8)
-        write.text((left, 4), f"seed {seed}, after {steps} updates", fill="black")
+        write.text((left, 4), f"seed {seed}, after {last} updates", fill="black")
         for number, row in enumerate(rows):
-            drawn = Image.open(work / run_name(row, seed, steps) / f"drawn_{steps}.png")
+            drawn = Image.open(work / run_name(row, seed, steps) / f"drawn_{last}.png")
             picture.paste(drawn.crop((0, line * side, 10 * side, (line + 1) * side)), (left, 20 + number * (side + 2)))
     for number, row in enumerate(rows):
         write.text((4, 20 + number * (side + 2) + side // 2), row, fill="black")
@@ -363,6 +391,8 @@ def main() -> None:
     parser.add_argument("--score", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     work, steps = arguments.work.resolve(), arguments.steps
+    if steps % CHECKPOINTS:
+        parser.error(f"--steps {steps}: must be a multiple of {CHECKPOINTS}, the checkpoints of a run")
     if arguments.score:
         print(json.dumps(score_run(work, arguments.score, steps)))
         return
@@ -384,10 +414,12 @@ def main() -> None:
     )
     print(f"Right after {_listed(last_steps(steps, DRAWN))} updates:\n")
     print("\n".join(accuracy_table(results)))
-    print(
-        f"\nHeld-out error after {_listed(last_steps(steps, MEASURED))} updates, above that of {arguments.rows[0]}:\n"
-    )
+    print(f"\nPoints above {arguments.rows[0]}, seed by seed, mean ± standard error (range):\n")
+    print("\n".join(gain_table(results)))
+    print(f"\nHeld-out error after {_listed(last_steps(steps, MEASURED))} updates, % above {arguments.rows[0]}:\n")
     print("\n".join(error_table(results)))
+    print("\nWeight of a picture with a rare tag at the end, mean (range):\n")
+    print("\n".join(weight_lines(work, results, steps)))
     if arguments.plot:
         plot(results, arguments.plot)
     if arguments.sheet:

@@ -19,6 +19,10 @@ from tests.tags import lists_of
 
 pytestmark = pytest.mark.gpu
 
+# Of sums of logarithms of three losses, and of a difference of two; each has the relative error of a loss.
+RESIDUAL_TOLERANCE = {"fp32": 0.01, "fp16": 0.02, "bf16": 0.05}
+GAIN_TOLERANCE = {"fp32": 0.003, "fp16": 0.004, "bf16": 0.01}
+COUNTS = ("seen", "number", "level_count", "squared_discounts")
 # Of the largest inner product: central differences of losses that carry the format's roundings.
 INNER_TOLERANCE = {"fp32": 0.03, "fp16": 0.05, "bf16": 0.15}
 
@@ -51,11 +55,11 @@ def test_losses_of_tags_are_the_cpus(precision: str) -> None:
         for run in runs:
             train_step(run, visit, [tagged_batch(run.group.device, visit)])
     expected, actual = (run.watch.state() for run in runs)
-    tolerance = 10 * steps.TOLERANCE[precision]
     for key, value in expected.items():
         assert actual[key].device == steps.CPU
-        torch.testing.assert_close(actual[key], value, rtol=tolerance, atol=tolerance)
-    assert float(expected["seen"].sum()) > 0
+        tolerance = 0.0 if key in COUNTS else RESIDUAL_TOLERANCE[precision]
+        torch.testing.assert_close(actual[key], value, rtol=0.0, atol=tolerance)
+        assert float(value.abs().max()) > 2 * tolerance, "zeros would not pass"
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
@@ -72,12 +76,15 @@ def test_gains_of_captions_are_the_cpus(precision: str) -> None:
     gains, levels = [], []
     for device, its_precision in ((steps.CPU, "fp32"), (steps.GPU, precision)):
         batch = tagged_batch(device)
-        told = batch.conditioning
+        told = batch.conditioning  # enlarged, so that captions make a difference
+        told = replace(told, text_BLD=10 * told.text_BLD, pooled_BP=10 * told.pooled_BP)
         null = replace(told, text_BLD=torch.zeros_like(told.text_BLD), pooled_BP=torch.zeros_like(told.pooled_BP))
+        batch = replace(batch, conditioning=told)
         gain_B, level_B = caption_gains(probe_of(device, its_precision)[0], batch, null)
         gains.append(gain_B.cpu())
         levels.append(level_B.cpu())
-    torch.testing.assert_close(gains[1], gains[0], rtol=0, atol=4 * steps.TOLERANCE[precision])
+    torch.testing.assert_close(gains[1], gains[0], rtol=0, atol=GAIN_TOLERANCE[precision])
+    assert float(gains[0].abs().max()) > 3 * GAIN_TOLERANCE[precision], "zeros would not pass"
     assert torch.equal(levels[1], levels[0])
 
 

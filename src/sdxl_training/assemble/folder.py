@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,8 +15,6 @@ from sdxl_training.config.problems import ConfigError
 from sdxl_training.config.schema import Config
 from sdxl_training.data.claims import WITHOUT_LOCKS
 from sdxl_training.records import Quarantined, UserError
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -54,11 +51,13 @@ class RunFolder:
             ) from error
 
     @contextmanager
-    def held(self) -> Iterator[None]:
+    def held(self) -> Iterator[str]:
         """Keep other processes from training in this folder; raises UserError where one does. Ends with the process.
 
-        On a file system without locks, as some network ones are, nobody can be kept out; that is logged.
+        On a file system without locks, as some network ones are, nobody can be kept out; yields a sentence that says
+        so, else nothing.
         """
+        said = ""
         with (self.path / ".lock").open("w") as lock:
             try:
                 # Not flock: loader workers would inherit it, and outlive a killed trainer by seconds.
@@ -71,8 +70,8 @@ class RunFolder:
             except OSError as error:
                 if error.errno not in WITHOUT_LOCKS:
                     raise
-                log.warning("%s: the file system has no locks; do not train in this folder twice at once", self.path)
-            yield
+                said = f"{self.path}: the file system has no locks; do not train in this folder twice at once"
+            yield said
 
     def write_config(self, loaded: LoadedConfig) -> list[str]:
         """Write the resolved configuration; return what differs from the one the run had before, one line a setting."""

@@ -62,11 +62,14 @@ def train(loaded: LoadedConfig, resume: str, dry_run: bool) -> None:
     with ExitStack() as stack:
         stack.enter_context(_what_ran_out(folder))
         group = stack.enter_context(process_group(config.global_config.device))
+        unlocked = ""
         if group.is_main:
             folder.make()
-            stack.enter_context(folder.held())
+            unlocked = stack.enter_context(folder.held())
         group.wait()
         progress = _open_progress(folder, group)
+        if unlocked:
+            progress.message(unlocked)
         checkpoint = None if dry_run else find_start(folder, resume, progress)
         first_step = 0 if checkpoint is None else checkpoint.state.step
         if first_step >= config.training.max_steps:

@@ -91,7 +91,9 @@ class MetaLearnedWeights(Section):
         default=("up_blocks.2.*", "conv_norm_out.*", "conv_out.*"),
         description="Patterns of the U-Net's parameters whose gradients are compared; fewer need less memory.",
     )
-    probe_steps: int = Field(default=10, ge=1, description="Steps between two measurements; each costs 2 to 3 steps.")
+    probe_steps: int = Field(
+        default=10, ge=1, description="Steps between two measurements; each takes as long as 1.3 steps."
+    )
     warmup_steps: int = Field(
         default=1000, ge=0, description="Steps that only watch; the weights then come in over as many again."
     )

@@ -36,7 +36,7 @@ class TagColumn:
 
 def tag_column(pictures: Pictures, added: Sequence[Sequence[str]]) -> TagColumn:
     """Return the tags of all pictures. added: those that each source adds to its captions."""
-    parts: list[pa.DictionaryArray] = []
+    found: list[pa.DictionaryArray] = []
     parents: list[NDArray[np.int32]] = []
     before = 0
     for source, rows, own in zip(pictures.sources, pictures.rows, added, strict=True):
@@ -44,10 +44,11 @@ def tag_column(pictures: Pictures, added: Sequence[Sequence[str]]) -> TagColumn:
             lists = _with_added(_lists_of(source, rows[first : first + ROWS_AT_ONCE]), _plain(own, source.rules))
             folded = pc.utf8_lower(pc.utf8_trim_whitespace(pc.list_flatten(lists)))
             kept = pc.greater(pc.binary_length(folded), 0)
-            parts.append(folded.filter(kept).dictionary_encode())
+            found.append(folded.filter(kept).dictionary_encode())
             parents.append(before + pc.list_parent_indices(lists).filter(kept).to_numpy().astype(np.int32))
             before += len(lists)
-    parts = pa.chunked_array(parts, pa.dictionary(pa.int32(), pa.large_string())).unify_dictionaries().chunks
+    parts = pa.chunked_array(found, pa.dictionary(pa.int32(), pa.large_string())).unify_dictionaries().chunks
+    found.clear()
     pa.default_memory_pool().release_unused()  # else Arrow keeps what splitting took, and a million tags need 1 GB
     return _numbered(parts, parents, len(pictures))
 
@@ -68,9 +69,8 @@ def _numbered(parts: list[pa.DictionaryArray], parents: Sequence[NDArray[np.int3
     tag_T, filled = np.empty(sum(map(len, parts)), np.int32), 0
     for parent_T in parents:
         index_T = parts.pop(0).indices.to_numpy()
-        both_T = np.sort(
-            parent_T.astype(np.int64) * len(names) + number_K[index_T]
-        )  # np.unique takes ten times as long
+        both_T = parent_T.astype(np.int64) * len(names) + number_K[index_T]
+        both_T.sort()  # np.unique takes ten times as long
         once_T = both_T[np.diff(both_T, prepend=-1) > 0]
         owner_T, tag_of_T = np.divmod(once_T, len(names))
         tag_T[filled : filled + len(once_T)] = tag_of_T
