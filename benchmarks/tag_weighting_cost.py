@@ -141,15 +141,11 @@ def lines(rows: dict[str, Timed], block: int) -> Iterator[str]:
         ratio = statistics.median(own / other for own, other in pairs)
         update = statistics.mean(timed.updates)
         for_tags = timed.for_tags / len(timed.updates)
-        # One probe follows a round.
-        probe = (
-            statistics.median(
-                block * one / whole for one, whole in zip(timed.probes, _rounds(timed.updates, block), strict=True)
-            )
-            if timed.probes
-            else 0.0
-        )
-        probes = f"{probe:.2f} | {10 * probe:.0f}" if timed.probes else " | "
+        probes = " | "
+        if timed.probes:  # one follows each round
+            rounds = zip(timed.probes, _rounds(timed.updates, block), strict=True)
+            probe = statistics.median(block * one / whole for one, whole in rounds)
+            probes = f"{probe:.2f} | {10 * probe:.0f}"
         yield (
             f"| {name} | {1000 * update:.1f} | {ratio:.3f} | {1000 * for_tags:.3f} | {100 * for_tags / update:.2f} "
             f"| {probes} |"

@@ -21,37 +21,35 @@ import argparse
 import json
 import os
 import platform
-import random
-import shutil
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import date
-from functools import cache
-from itertools import islice
 from pathlib import Path
 
 import numpy
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from sdxl_training.data.demo_set import PALETTE, SHAPES, PictureSpec, draw_picture
+from rare_concepts import (
+    CATEGORIES,
+    GROUPS,
+    HELD_OUT,
+    PARTS,
+    PROMPTS,
+    RARE_COLOUR,
+    RARE_SHAPE,
+    file_name,
+    learnt_captions,
+    prompts,
+    write_pictures,
+)
 
 ROOT = Path(__file__).parents[1]
-RARE_COLOUR, RARE_SHAPE, RARE = "cyan", "triangle", 12
-PICTURES, HELD_OUT = 960, 48  # held out: of each group
-PROMPTS = 40  # of each group; where there are fewer captions each is drawn several times, from other noise
 SIGMAS = (0.5, 1.0, 2.0, 4.0, 8.0)
 CHECKPOINTS, MEASURED, DRAWN = 6, 5, 3  # of a run; of these, the last ones
-COLOURS = [colour for colour in PALETTE if colour != RARE_COLOUR]
-COMMON_SHAPES = [shape for shape in SHAPES if shape != RARE_SHAPE]
-CATEGORIES = {
-    **dict.fromkeys(PALETTE, "colour"),
-    **dict.fromkeys(SHAPES, "shape"),
-    **{f"{colour} background": "background" for colour in PALETTE},
-}
 WARM = "warmup_steps: 150"
 ROWS = {
     "off": {},
@@ -64,14 +62,6 @@ ROWS = {
     "static and dynamic": {"static": "{type: frequency}", "dynamic": f"{{type: residual_loss, {WARM}}}"},
     "meta": {"dynamic": f"{{type: meta, {WARM}}}"},
 }
-GROUPS = ("rare colour", "rare shape", "common")
-PARTS = {  # of held-out pictures: group, and whether the caption is that of a learnt picture; of common ones all are
-    "rare colour, learnt captions": ("rare colour", True),
-    "rare colour, new captions": ("rare colour", False),
-    "rare shape, learnt captions": ("rare shape", True),
-    "rare shape, new captions": ("rare shape", False),
-    "common": ("common", True),
-}
 RIGHT = {  # which drawn pictures are counted: group, and whether the caption was learnt (None: either)
     "rare colour": ("rare colour", None),
     "rare shape, learnt captions": ("rare shape", True),
@@ -81,87 +71,9 @@ RIGHT = {  # which drawn pictures are counted: group, and whether the caption wa
 Scores = Mapping[str, Mapping[str, float]]  # checkpoint's step -> measure -> value
 
 
-def write_pictures(work: Path) -> None:
-    """Write the set that is learnt, and what is held out, a folder for each part."""
-    _write(work / "pictures", learnt_pictures())
-    choose = random.Random("held out")
-    for part, (group, learnt) in PARTS.items():
-        some = (_spec(choose, group) for _ in range(100 * HELD_OUT))
-        _write(
-            work / "held_out" / _file_name(part),
-            list(islice((one for one in some if is_learnt(one) is learnt), HELD_OUT)),
-        )
-
-
-def learnt_pictures() -> list[PictureSpec]:
-    """Return what the pictures of the set show."""
-    choose = random.Random("tag weighting 2")
-    return [_spec(choose, _group_of(number)) for number in range(PICTURES)]
-
-
-def is_learnt(spec: PictureSpec) -> bool:
-    """Return whether a picture of the set has this picture's caption."""
-    return caption(spec.colour, spec.shape, spec.background) in learnt_captions()
-
-
-@cache
-def learnt_captions() -> set[str]:
-    """Return all captions of the set."""
-    return {caption(spec.colour, spec.shape, spec.background) for spec in learnt_pictures()}
-
-
-def _group_of(number: int) -> str:
-    return "rare colour" if number < RARE else "rare shape" if number < 2 * RARE else "common"
-
-
-def _spec(choose: random.Random, group: str) -> PictureSpec:
-    colour = RARE_COLOUR if group == "rare colour" else choose.choice(COLOURS)
-    shape = RARE_SHAPE if group == "rare shape" else choose.choice(COMMON_SHAPES)
-    background = choose.choice([other for other in COLOURS if other != colour])
-    offset = (choose.uniform(-0.03, 0.03), choose.uniform(-0.03, 0.03))
-    return PictureSpec(colour, shape, background, radius=choose.uniform(0.34, 0.38), offset_yx=offset)
-
-
-def _write(folder: Path, specs: Sequence[PictureSpec]) -> None:
-    if folder.is_dir():
-        return
-    unfinished = folder.with_suffix(".unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    for number, spec in enumerate(specs):
-        Image.fromarray(draw_picture(spec, (64, 64))).save(unfinished / f"{number:04d}.png")
-        text = caption(spec.colour, spec.shape, spec.background)
-        (unfinished / f"{number:04d}.txt").write_text(text, encoding="utf-8")
-    unfinished.rename(folder)
-
-
-def caption(colour: str, shape: str, background: str) -> str:
-    """Return the three tags of a picture, apart from each other: "cyan, circle, red background"."""
-    return f"{colour}, {shape}, {background} background"
-
-
-def prompts(group: str) -> list[tuple[str, tuple[str, str, str]]]:
-    """Return prompts of a group with (object colour, background colour, shape) that the picture should show."""
-    colours = [RARE_COLOUR] if group == "rare colour" else COLOURS
-    shapes = [RARE_SHAPE] if group == "rare shape" else COMMON_SHAPES
-    wanted = [
-        (colour, background, shape)
-        for colour in colours
-        for shape in shapes
-        for background in COLOURS
-        if background != colour
-    ]
-    repeats = -(-PROMPTS // len(wanted))
-    return [(caption(c, s, b), (c, b, s)) for c, b, s in (wanted * repeats)[:PROMPTS]]
-
-
-def _file_name(text: str) -> str:
-    return "".join(letter if letter.isalnum() else "_" for letter in text)
-
-
 def run_name(row: str, seed: int, steps: int) -> str:
     """Return the folder name of a run."""
-    return f"{_file_name(row)}_seed{seed}_steps{steps}"
+    return f"{file_name(row)}_seed{seed}_steps{steps}"
 
 
 def train(work: Path, row: str, seed: int, steps: int) -> None:
@@ -209,7 +121,7 @@ def score_run(work: Path, run: Path, steps: int) -> Scores:
     """Draw, read back and measure held-out pictures, in this process."""
     from held_out import held_out_batches, relative_errors_by_level
 
-    held_out = {part: held_out_batches(run, work / "held_out" / _file_name(part)) for part in PARTS}
+    held_out = {part: held_out_batches(run, work / "held_out" / file_name(part)) for part in PARTS}
     scores = {}
     for step in last_steps(steps, MEASURED):
         found = _shares_right(run, step) if step in last_steps(steps, DRAWN) else {}
@@ -270,30 +182,34 @@ def accuracy_table(results: Results) -> Iterator[str]:
         yield f"| {row} | {' | '.join(cells)} |"
 
 
-def gain_table(results: Results) -> Iterator[str]:
-    """Yield how many points more than in the first row are right, seed by seed: mean, standard error, range."""
-    yield f"| weights | {' | '.join(RIGHT)} |"
-    yield "|---" * (1 + len(RIGHT)) + "|"
+def change_table(
+    results: Results, measures: Iterable[str], change: Callable[[Scores, Scores, str], float]
+) -> Iterator[str]:
+    """Yield how measures differ from those of the first row, seed by seed: mean, standard error, range.
+
+    change: of a run's scores against the first row's, of one measure.
+    """
+    names = list(measures)
+    yield f"| weights | {' | '.join(names)} |"
+    yield "|---" * (1 + len(names)) + "|"
     base, *others = results
     for row in others:
-        cells = []
-        for name in RIGHT:
-            pairs = [(results[row][seed], results[base][seed]) for seed in results[row]]
-            cells.append(_change([100 * (over_checkpoints(a, name) - over_checkpoints(b, name)) for a, b in pairs]))
-        yield f"| {row} | {' | '.join(cells)} |"
+        pairs = [(scores, results[base][seed]) for seed, scores in results[row].items()]
+        yield f"| {row} | {' | '.join(_change([change(*pair, name) for pair in pairs]) for name in names)} |"
 
 
-def error_table(results: Results) -> Iterator[str]:
-    """Yield by how many per cent the held-out error is above that of the first row: mean, standard error, range."""
-    yield f"| weights | {' | '.join(PARTS)} |"
-    yield "|---" * (1 + len(PARTS)) + "|"
-    base, *others = results
-    for row in others:
-        cells = []
-        for part in PARTS:
-            pairs = [(results[row][seed], results[base][seed]) for seed in results[row]]
-            cells.append(_change([100 * (_mean_error(a, part) / _mean_error(b, part) - 1) for a, b in pairs]))
-        yield f"| {row} | {' | '.join(cells)} |"
+def points_gained(scores: Scores, base: Scores, name: str) -> float:
+    """Return how many points more pictures are right."""
+    return 100 * (over_checkpoints(scores, name) - over_checkpoints(base, name))
+
+
+def error_added(scores: Scores, base: Scores, part: str) -> float:
+    """Return by how many per cent the held-out error is larger."""
+    return 100 * (_mean_error(scores, part) / _mean_error(base, part) - 1)
+
+
+def _mean_error(scores: Scores, part: str) -> float:
+    return statistics.geometric_mean(found[f"{part}: error"] for found in scores.values())
 
 
 def weight_lines(work: Path, results: Results, steps: int) -> Iterator[str]:
@@ -306,10 +222,6 @@ def weight_lines(work: Path, results: Results, steps: int) -> Iterator[str]:
             if tag["tag"] in (RARE_COLOUR, RARE_SHAPE)
         ]
         yield f"* {row}: {statistics.mean(weights):.2f} ({min(weights):.2f} to {max(weights):.2f})"
-
-
-def _mean_error(scores: Scores, part: str) -> float:
-    return statistics.geometric_mean(found[f"{part}: error"] for found in scores.values())
 
 
 def _range(values: Sequence[float]) -> str:
@@ -415,9 +327,9 @@ def main() -> None:
     print(f"Right after {_listed(last_steps(steps, DRAWN))} updates:\n")
     print("\n".join(accuracy_table(results)))
     print(f"\nPoints above {arguments.rows[0]}, seed by seed, mean ± standard error (range):\n")
-    print("\n".join(gain_table(results)))
+    print("\n".join(change_table(results, RIGHT, points_gained)))
     print(f"\nHeld-out error after {_listed(last_steps(steps, MEASURED))} updates, % above {arguments.rows[0]}:\n")
-    print("\n".join(error_table(results)))
+    print("\n".join(change_table(results, PARTS, error_added)))
     print("\nWeight of a picture with a rare tag at the end, mean (range):\n")
     print("\n".join(weight_lines(work, results, steps)))
     if arguments.plot:
